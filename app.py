@@ -1,0 +1,2347 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "fastapi>=0.165",
+#     "uvicorn[standard]>=0.54",
+#     "pyjwt>=2.13",
+#     "python-multipart>=0.0.27",
+# ]
+# ///
+"""Lobby: FastAPI's ``Request`` and ``WebSocket``, taught and put to work in one file.
+
+    python app.py            then open http://127.0.0.1:8000 and log in as user1 / password1
+    pytest test_app.py
+
+The file is meant to be read from top to bottom; each chapter has one idea.
+
+     1  Settings              what can be changed without touching the code
+     2  Storage               the only SQL: one thread owns the database
+     3  The application       what starts, what ends, what wraps every request
+     4  Looking at a request  everything ``Request`` can tell, and four ways to read a body
+     5  Talking over a socket from one echo to a reader and a writer side by side
+     6  Sessions              context made over HTTP and carried into a socket
+     7  Knowing a user        passwords, tokens, and who is asking
+     8  Rooms                 a room is a log, a client is a set of cursors into logs
+     9  The chat              its events, its socket and its HTTP routes
+    10  The page              HTML, CSS and JavaScript in one constant
+    11  Serving               ``python app.py``
+
+The words used throughout:
+
+    person   somebody with a name and a password; may have many sockets open at once
+    room     a named conversation; its past is in the database, its newest part in memory
+    event    a JSON object with a "type": what sockets send and receive
+    message  an event that is stored, and so has an id; ids grow in the order of storing
+    notice   an event that is only announced: somebody joined, somebody left
+    mid      the sender's own id for a message, by which a repeated sending is recognised
+    batch    events that entered a room's log together
+    client   one open chat socket: who holds it, and how far it has read each of its rooms
+    cursor   that position: the number of the next batch to read
+    epoch    the name of one database's history, so that ids of another are not mistaken for ours
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import sqlite3
+import time
+import unicodedata
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
+
+import jwt
+import uvicorn
+from fastapi import (
+    Depends,
+    FastAPI,
+    HTTPException,
+    Query,
+    Request,
+    Response,
+    WebSocket,
+    WebSocketDisconnect,
+    WebSocketException,
+)
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError, from_json
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import UploadFile as UploadedFile
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketState
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
+
+log = logging.getLogger("lobby")
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30  # bytes
+MAX_ID = 2**63 - 1  # the largest integer that SQLite holds
+
+# ======================================================================================
+# 1. Settings
+#
+# A program that reads the environment wherever it needs a value fails late and in odd
+# places. One model reads it all at the start, and refuses what it cannot use in one line
+# that names the variable.
+# ======================================================================================
+
+
+class StartError(Exception):
+    """Why Lobby cannot start, in one line that says what to change."""
+
+
+class Settings(BaseModel):
+    """All settings; the field ``port`` is read from the environment's ``CHAT_PORT``."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes any free one")
+    db: Path = Field(Path("chat.db"), description="The database's file")
+    secret: bytes | None = Field(
+        None,
+        min_length=32,  # RFC 7518, section 3.2: as long as SHA-256's output
+        description="Key that signs tokens, 32 bytes or more; "
+        "unset: made once and kept beside the database",
+    )
+    token_minutes: float = Field(
+        60, gt=0, le=525_600, description="Minutes that a token lasts; decimals too"
+    )
+    origins: frozenset[str] = Field(
+        frozenset(),
+        description="More origins whose pages may open the chat socket, comma separated",
+    )
+    demo_users: bool = Field(
+        True, description="Make `user1`, `user2` and `admin` in a new database"
+    )
+    rate: float = Field(
+        10,
+        ge=0,
+        allow_inf_nan=False,
+        description="Messages a second for one person, in bursts of three times that; 0: no limit",
+    )
+    sockets_per_user: int = Field(
+        20, ge=0, description="Chat sockets one person may have open; 0: no limit"
+    )
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Read the ``CHAT_...`` variables. Raises StartError for an unusable one."""
+        values: dict[str, Any] = {
+            name: os.environ[f"CHAT_{name.upper()}"]
+            for name in cls.model_fields
+            if f"CHAT_{name.upper()}" in os.environ
+        }
+        if "origins" in values:
+            origins = (origin.strip().rstrip("/") for origin in values["origins"].split(","))
+            values["origins"] = frozenset(filter(None, origins))
+        try:
+            settings = cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            given = "" if name == "secret" else f"={values[name]!r}"
+            raise StartError(f"CHAT_{name.upper()}{given}: {first['msg']}") from None
+        if settings.demo_users and "demo_users" not in values and not is_loopback(settings.host):
+            raise StartError(
+                f"CHAT_HOST={settings.host!r} can be reached from other machines, and the demo "
+                "people's passwords are public: set CHAT_DEMO_USERS to 0, or to 1 if you mean it"
+            )
+        return settings
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# ======================================================================================
+# 2. Storage
+#
+# SQLite calls block, and a blocked event loop freezes everybody. So one thread owns the
+# database, and every method here is awaited from the loop. A commit to disk (fsync) takes
+# milliseconds however many rows it has, so messages are stored many at a time: whoever
+# waits for the disk pays for one fsync, shared with all the others that wait.
+# ======================================================================================
+
+Event = dict[str, Any]
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS people (
+    name     TEXT NOT NULL,
+    folded   TEXT PRIMARY KEY,  -- the name without regard to case: unique
+    password TEXT NOT NULL,
+    role     TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS messages (
+    id   INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice, even after a deletion
+    room TEXT NOT NULL,
+    user TEXT NOT NULL,
+    text TEXT NOT NULL,
+    at   INTEGER NOT NULL,  -- milliseconds since 1970, UTC
+    mid  TEXT,
+    UNIQUE (user, mid)
+);
+CREATE INDEX IF NOT EXISTS messages_of_room ON messages (room, id);
+CREATE TABLE IF NOT EXISTS revoked (jti TEXT PRIMARY KEY, exp REAL NOT NULL);
+"""
+
+# One statement stores a whole batch. Python gives up its interpreter lock around each
+# SQLite call and, while the event loop is busy, waits up to 5 ms to get it back: a
+# hundred INSERTs would spend their time waiting, not writing.
+INSERT_MESSAGES = """
+INSERT INTO messages (id, room, user, text, at, mid)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+       json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]')
+FROM json_each(?) WHERE true ON CONFLICT (user, mid) DO NOTHING
+"""
+
+# Jumps from one room's name to the next in the index; SELECT DISTINCT would read it all.
+SELECT_ROOMS = """
+WITH RECURSIVE names (room) AS (
+    SELECT min(room) FROM messages
+    UNION ALL
+    SELECT (SELECT min(room) FROM messages WHERE room > names.room)
+    FROM names WHERE room IS NOT NULL
+)
+SELECT room FROM names WHERE room IS NOT NULL
+"""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Unavailable(Exception):
+    """The database did not do what was asked: nothing was stored, trying again may help."""
+
+
+def in_database_thread(
+    method: Callable[Concatenate[Storage, P], T],
+) -> Callable[Concatenate[Storage, P], Coroutine[Any, Any, T]]:
+    """Make a method of Storage awaitable: it runs in the one thread that owns the database."""
+
+    async def call(self: Storage, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        work = functools.partial(method, self, *args, **kwargs)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+        except sqlite3.Error as error:
+            raise Unavailable(f"{method.__name__}: {error}") from error
+
+    return call
+
+
+class Person(NamedTuple):
+    """A row of ``people``, without the name's folded form."""
+
+    name: str
+    password: str
+    role: str
+
+
+@dataclass(slots=True)
+class Draft:
+    """A message that waits to be stored; ``done(message, is_new)`` is called with its fate.
+
+    ``message`` is None when the database failed; ``is_new`` is False for a repeated ``mid``.
+    """
+
+    room: str
+    user: str
+    text: str
+    mid: str | None
+    done: Callable[[Event | None, bool], None]
+
+
+def message_event(id: int, room: str, user: str, text: str, at: int, mid: str | None) -> Event:
+    """A row of ``messages`` as the event that sockets and HTTP clients get."""
+    event: Event = {"type": "message", "id": id, "room": room, "user": user, "text": text}
+    return event | {"at": at / 1000, "mid": mid}
+
+
+class Storage:
+    """Messages, people and revoked tokens, in one SQLite file.
+
+    All that another database would have to offer is here. Every async method raises
+    Unavailable when the database fails.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file. Raises StartError if it cannot be used or is in use."""
+        path = Path(os.path.realpath(path))
+        self.resources = ExitStack()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="database")
+
+        def connect(file: str, timeout: float) -> sqlite3.Connection:
+            # isolation_level None: every statement is a transaction of its own
+            db = sqlite3.connect(file, timeout, isolation_level=None, check_same_thread=False)
+            return self.resources.enter_context(closing(db))
+
+        try:
+            # Rooms live in one process. A second one would announce its messages to
+            # nobody here, so it is kept out by a lock that ends with its holder.
+            connect(f"{path}.lock", 0).execute("BEGIN EXCLUSIVE")
+            path.touch(mode=0o600)  # password hashes are nobody else's business
+            self.db = connect(str(path), 5)
+            # FULL: a commit has reached the disk when it returns, power cut or not.
+            self.db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; {SCHEMA}")
+            self.db.execute(
+                "INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),)
+            )
+            (self.epoch,) = self.db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
+            (self.last_id,) = self.db.execute(
+                "SELECT coalesce(max(seq), 0) FROM sqlite_sequence"
+            ).fetchone()
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            in_use = "database is locked" in str(error)
+            problem = "another process is using it" if in_use else error
+            raise StartError(f"CHAT_DB={str(path)!r}: {problem}") from None
+
+    def close(self) -> None:
+        """Finish what is under way and let go of the file."""
+        self.thread.shutdown()
+        self.resources.close()
+
+    @in_database_thread
+    def append(self, drafts: Sequence[Draft]) -> list[tuple[Event, bool]]:
+        """Store all drafts, or none, in one durable transaction.
+
+        Answers each with its message and whether it is new: a (user, mid) that is stored
+        already is answered with the original message and False.
+        """
+        at = time.time_ns() // 1_000_000
+        rows = [
+            (id, draft.room, draft.user, draft.text, at, draft.mid)
+            for id, draft in enumerate(drafts, self.last_id + 1)
+        ]
+        stored = self.db.execute(INSERT_MESSAGES, (json.dumps(rows),)).rowcount
+        self.last_id += len(rows)
+        if stored == len(rows):
+            return [(message_event(*row), True) for row in rows]
+        return [self._stored(*row) for row in rows]
+
+    def _stored(self, *row: Any) -> tuple[Event, bool]:
+        """What became of a row: itself, or the older message with the same user and mid."""
+        id, _, user, _, _, mid = row
+        query = "SELECT id, room, user, text, at, mid FROM messages WHERE id = ?"
+        if found := self.db.execute(query, (id,)).fetchone():
+            return message_event(*found), True
+        query = query.replace("id = ?", "user = ? AND mid = ?")
+        return message_event(*self.db.execute(query, (user, mid)).fetchone()), False
+
+    @in_database_thread
+    def page(
+        self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
+    ) -> tuple[list[Event], bool]:
+        """Messages with ``after`` < id < ``before``, oldest first, and whether there are more.
+
+        At most ``limit``: the ones next to ``after`` if it is given, else next to ``before``.
+        """
+        order = "DESC" if after is None else "ASC"
+        rows = self.db.execute(
+            "SELECT id, room, user, text, at, mid FROM messages"
+            f" WHERE room = ? AND id > ? AND id < ? ORDER BY id {order} LIMIT ?",
+            (room, after or 0, before, limit + 1),
+        ).fetchall()
+        page = [message_event(*row) for row in rows[:limit]]
+        return page if order == "ASC" else page[::-1], len(rows) > limit
+
+    @in_database_thread
+    def rooms(self) -> list[str]:
+        """The names of all rooms that have messages."""
+        return [room for (room,) in self.db.execute(SELECT_ROOMS)]
+
+    @in_database_thread
+    def person(self, folded: str) -> Person | None:
+        """The person whose name folds to this, if any."""
+        query = "SELECT name, password, role FROM people WHERE folded = ?"
+        row = self.db.execute(query, (folded,)).fetchone()
+        return row and Person(*row)
+
+    @in_database_thread
+    def add_person(self, folded: str, name: str, password: str, role: str | None = None) -> str:
+        """Store a new person and answer their role; "" and nothing stored if the name is taken.
+
+        Without a role, the first person becomes the admin, since somebody has to be.
+        """
+        if role is None:
+            role = "member" if self.db.execute("SELECT 1 FROM people").fetchone() else "admin"
+        query = "INSERT INTO people (folded, name, password, role) VALUES (?, ?, ?, ?)"
+        try:
+            self.db.execute(query, (folded, name, password, role))
+        except sqlite3.IntegrityError:
+            return ""
+        return role
+
+    @in_database_thread
+    def count_people(self) -> int:
+        """How many people there are."""
+        return int(self.db.execute("SELECT count(*) FROM people").fetchone()[0])
+
+    @in_database_thread
+    def revoke(self, jti: str, exp: float) -> None:
+        """Remember until ``exp`` (seconds since 1970) that this token is refused."""
+        self.db.execute("DELETE FROM revoked WHERE exp < ?", (time.time(),))
+        self.db.execute("INSERT OR IGNORE INTO revoked VALUES (?, ?)", (jti, exp))
+
+    @in_database_thread
+    def is_revoked(self, jti: str) -> bool:
+        """Whether the token with this id was logged out."""
+        found = self.db.execute("SELECT 1 FROM revoked WHERE jti = ?", (jti,)).fetchone()
+        return found is not None
+
+
+# ======================================================================================
+# 3. The application
+#
+# Importing this file opens nothing: files and tasks start in the lifespan, and end there
+# too. What is shared hangs on `app.state`, and routes ask for it by a dependency, so that
+# each test, and each start, gets its own.
+# ======================================================================================
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Open what the chapters below need, serve, and close it in the reverse order."""
+    settings = Settings.from_environment()
+    storage = Storage(settings.db)
+    try:
+        app.state.settings = settings
+        app.state.storage = storage
+        app.state.sessions = Sessions()
+        app.state.tokens = Tokens(settings)
+        app.state.manager = ConnectionManager(storage, settings)
+        if settings.demo_users and not await storage.count_people():
+            await add_demo_people(storage)
+        committer = asyncio.create_task(app.state.manager.commit_forever())
+        yield
+        app.state.manager.stop()
+        await committer
+    finally:
+        storage.close()
+
+
+app = FastAPI(title="Lobby", lifespan=lifespan, max_body_size=1 * MIB)
+
+
+def from_state(name: str) -> Any:
+    """A dependency that gives ``app.state.<name>``, over HTTP and over sockets alike."""
+
+    async def get(connection: HTTPConnection) -> Any:
+        return getattr(connection.app.state, name)
+
+    return Depends(get)
+
+
+class Surroundings:
+    """Wraps every request and every socket: ids and times them, and survives their bugs.
+
+    A pure ASGI middleware: it sees sockets too and costs next to nothing, unlike
+    BaseHTTPMiddleware, which sees neither sockets nor streams and halves the speed.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        started = time.perf_counter()
+        answering = False
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        if not re.fullmatch(r"[\w.~+/=:-]{1,128}", request_id, re.ASCII):
+            request_id = secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal answering
+            if message["type"] in ("http.response.start", "websocket.accept"):
+                answering = True
+                headers = MutableHeaders(raw=list(message.get("headers", ())))
+                headers["X-Custom-Header"] = "Custom Value"
+                headers["X-Request-ID"] = request_id
+                headers["X-Process-Time"] = f"{time.perf_counter() - started:.6f}"
+                message["headers"] = headers.raw
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except (ClientDisconnect, WebSocketDisconnect):
+            pass  # they left, and nothing is left to do
+        except Exception:
+            log.exception("unexpected error in %s %r", scope["type"], scope["path"])
+            if scope["type"] == "websocket":
+                with suppress(Exception):  # it may have been closed already
+                    await send({"type": "websocket.close", "code": 1011})
+            elif answering:
+                raise  # half an answer is out: only a cut connection tells the client
+            else:
+                answer = JSONResponse({"detail": "Internal Server Error"}, 500)
+                await answer(scope, receive, send_with_headers)
+
+
+app.add_middleware(Surroundings)
+
+
+@app.exception_handler(RequestValidationError)
+async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Say what is wrong where, without sending the input, a password perhaps, back."""
+    wrong = [{key: one[key] for key in ("type", "loc", "msg")} for one in error.errors()]
+    return JSONResponse({"detail": wrong}, 422)
+
+
+@app.exception_handler(413)
+async def too_large(request: Request, error: HTTPException) -> JSONResponse:
+    """FastAPI counts a body while it arrives, so a chunked one is cut off as well."""
+    limit = request.scope.get("starlette.max_body_size", 1 * MIB)
+    return JSONResponse({"detail": f"The body is larger than {limit:,} bytes"}, 413)
+
+
+@app.exception_handler(Unavailable)
+async def unavailable(request: Request, error: Unavailable) -> JSONResponse:
+    log.error("the database failed", exc_info=error)
+    return JSONResponse({"detail": "The database failed, try again"}, 503, {"Retry-After": "1"})
+
+
+@app.exception_handler(WebSocketException)
+async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
+    """Close a socket with a code and a reason that its client can see.
+
+    A socket that is closed before it is accepted reaches a browser as a bare 1006, whatever
+    was said; so it is accepted first. The time limit is for a client that does not read.
+    """
+    log.info("closed %s: %d %s", websocket.url.path, error.code, error.reason)
+    if websocket.application_state is WebSocketState.CONNECTING:
+        await websocket.accept(choose_subprotocol(websocket))
+    if websocket.application_state is WebSocketState.CONNECTED:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(websocket.close(error.code, error.reason), timeout=1)
+
+
+CHAT_PROTOCOL = "lobby.v1"
+
+
+def choose_subprotocol(websocket: WebSocket) -> str | None:
+    """A browser that offers subprotocols drops a connection that picks none of them."""
+    return CHAT_PROTOCOL if CHAT_PROTOCOL in websocket.scope["subprotocols"] else None
+
+
+# ======================================================================================
+# 4. Looking at a request
+#
+# `Request` is a view of what the client sent: a method, a URL, headers, and a body that
+# can be read once. The first routes show one thing each, `/inspect` shows all of it, and
+# `/body/...` the four ways to read a body and what happens when it is read twice.
+# ======================================================================================
+
+
+@app.get("/items/")
+async def read_items(request: Request, q: str | None = None) -> dict[str, Any]:
+    return {"client_host": client_host(request), "q": q}
+
+
+@app.get("/items/{item_id}")
+async def read_item(item_id: int, request: Request) -> dict[str, Any]:
+    return {"item_id": item_id, "client_host": client_host(request)}
+
+
+def client_host(connection: HTTPConnection) -> str | None:
+    """The client's address; some servers and tests know none."""
+    return connection.client.host if connection.client else None
+
+
+async def user_agent(request: Request) -> str | None:
+    """A dependency may take the Request itself."""
+    return request.headers.get("user-agent")
+
+
+@app.get("/user-agent")
+async def read_user_agent(agent: Annotated[str | None, Depends(user_agent)]) -> dict[str, Any]:
+    return {"user_agent": agent}
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Parse JSON that can be sent back as JSON. Raises ValueError for anything else.
+
+    ``json.loads`` takes what breaks later: NaN, half of a surrogate pair, and a nesting so
+    deep that it raises RecursionError.
+    """
+    value = from_json(data)
+    json.dumps(value, allow_nan=False)
+    return value
+
+
+async def read_json(request: Request) -> Any:
+    """The JSON body, whatever its Content-Type says. Raises 400 for no JSON."""
+    try:
+        return parse_json(await request.body())
+    except ValueError as error:
+        raise HTTPException(400, f"The body is no JSON: {error}") from None
+
+
+def json_or_none(data: str | bytes) -> Any:
+    try:
+        return parse_json(data)
+    except ValueError:
+        return None
+
+
+def lists(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """Gather pairs by key without losing a repeated one: {key: [values]}."""
+    gathered: dict[str, list[T]] = {}
+    for key, value in pairs:
+        gathered.setdefault(key, []).append(value)
+    return gathered
+
+
+@app.post("/submit")
+async def submit(request: Request) -> dict[str, Any]:
+    query = lists(request.query_params.multi_items())
+    return {
+        "method": request.method,
+        "url": str(request.url),
+        "user_agent": request.headers.get("user-agent"),
+        "query_params": {key: v[0] if len(v) == 1 else v for key, v in query.items()},
+        "cookies": request.cookies,
+        "data": json_or_none(await request.body()),
+    }
+
+
+@app.post("/http-endpoint")
+async def http_endpoint(data: Annotated[Any, Depends(read_json)]) -> dict[str, Any]:
+    return {"received_data": data}
+
+
+def inspect_connection(connection: HTTPConnection) -> dict[str, Any]:
+    """What a request and a socket's handshake have in common, without loss."""
+    url, client = connection.url, connection.client
+    return {
+        "url": {
+            "full": str(url),
+            "scheme": url.scheme,
+            "host": url.hostname,
+            "port": url.port,
+            "path": url.path,
+            "query": url.query,
+        },
+        "base_url": str(connection.base_url),
+        "http_version": connection.scope.get("http_version"),
+        "client": {"host": client.host, "port": client.port} if client else None,
+        "path_params": connection.path_params,
+        "query_params": lists(connection.query_params.multi_items()),
+        "headers": [[n.decode("latin-1"), v.decode("latin-1")] for n, v in connection.headers.raw],
+        "cookies": connection.cookies,
+        "state": {"request_id": connection.state.request_id},
+    }
+
+
+def inspect_bytes(data: bytes) -> dict[str, Any]:
+    """Size, hash, and the content as ``text`` or, where it is not UTF-8, ``base64``."""
+    about = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        return about | {"text": data.decode()}
+    except UnicodeDecodeError:
+        return about | {"base64": base64.b64encode(data).decode()}
+
+
+async def read_form(request: Request) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
+    """The fields of a form, every value a list, and what its files are."""
+    async with request.form() as form:
+        items = form.multi_items()
+        fields = lists((key, value) for key, value in items if isinstance(value, str))
+        files = [
+            {
+                "field": key,
+                "filename": value.filename,
+                "content_type": value.content_type,
+                "size": value.size,
+                "sha256": hashlib.sha256(await value.read()).hexdigest(),
+            }
+            for key, value in items
+            if isinstance(value, UploadedFile)
+        ]
+    return fields, files
+
+
+# No methods: any method, the ones that nobody has thought of yet too.
+@app.api_route("/inspect", methods=[], include_in_schema=False, name="inspect",
+               generate_unique_id_function=lambda route: route.path)  # fmt: skip
+@app.api_route("/inspect/{path:path}", methods=[], include_in_schema=False, name="inspect_path",
+               generate_unique_id_function=lambda route: route.path)  # fmt: skip
+async def inspect(request: Request) -> dict[str, Any]:
+    body = await request.body()  # kept by the request, so the form can be read from it
+    fields, files = await read_form(request)
+    return {
+        "method": request.method,
+        **inspect_connection(request),
+        "body": inspect_bytes(body),
+        "json": json_or_none(body),
+        "form": fields,
+        "files": files,
+    }
+
+
+@app.post("/body/json")
+async def body_json(data: Annotated[Any, Depends(read_json)]) -> Any:
+    return data
+
+
+FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
+
+
+@app.post("/body/form")
+async def body_form(request: Request) -> dict[str, Any]:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type not in FORM_TYPES:
+        raise HTTPException(415, f"Send a form: {' or '.join(FORM_TYPES)}")
+    fields, files = await read_form(request)
+    return {"fields": fields, "files": files}
+
+
+@app.post("/body/raw", max_body_size=16 * MIB)
+async def body_raw(request: Request) -> dict[str, Any]:
+    body = await request.body()
+    digest = await run_in_threadpool(hashlib.sha256, body)  # some milliseconds: not in the loop
+    return {"size": len(body), "sha256": digest.hexdigest()}
+
+
+@app.post("/body/stream", max_body_size=1 * GIB)
+async def body_stream(request: Request) -> dict[str, Any]:
+    """The way to read what is too large for memory: chunk by chunk, as it arrives."""
+    size, chunks, digest = 0, 0, hashlib.sha256()
+    async for chunk in request.stream():
+        if chunk:  # the last one is empty
+            size, chunks = size + len(chunk), chunks + 1
+            digest.update(chunk)
+    return {"size": size, "sha256": digest.hexdigest(), "chunks": chunks}
+
+
+async def drain(request: Request) -> None:
+    async for _ in request.stream():
+        pass
+
+
+READS: dict[str, Callable[[Request], Awaitable[Any]]] = {
+    "body": lambda request: request.body(),
+    "json": lambda request: request.json(),
+    "form": lambda request: request.form(),
+    "stream": drain,
+}
+
+
+@app.post("/body/twice")
+async def body_twice(request: Request) -> dict[str, Any]:
+    """Read the same body twice, in every order of two ways, each time from a fresh Request.
+
+    ``body()`` keeps what it read, so anything may follow it. ``stream()`` keeps nothing,
+    and a form is read by streaming.
+    """
+    body = await request.body()
+
+    async def replay() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def error_of(reading: Awaitable[Any]) -> str | None:
+        try:
+            await reading
+        except Exception as error:  # any: which one it is, is the answer
+            return f"{type(error).__name__}: {getattr(error, 'detail', error)}"
+        return None
+
+    reads = []
+    for first, read_first in READS.items():
+        for second, read_second in READS.items():
+            fresh = Request(request.scope, replay)
+            error = await error_of(read_first(fresh))
+            if error:
+                reads.append({"first": first, "second": None, "works": False, "error": error})
+                break
+            error = await error_of(read_second(fresh))
+            reads.append({"first": first, "second": second, "works": not error, "error": error})
+            await fresh.close()
+    return {"reads": reads}
+
+
+# ======================================================================================
+# 5. Talking over a socket
+#
+# A WebSocket begins as an HTTP request, and after `accept()` both sides may speak at any
+# time, in frames of text or bytes. A handler is a conversation: it ends when the function
+# returns, or when a receive raises WebSocketDisconnect because the client has left.
+# ======================================================================================
+
+
+async def receive(websocket: WebSocket) -> str | bytes:
+    """The next frame: str for text, bytes for binary. Raises WebSocketDisconnect at the end."""
+    message = await websocket.receive()
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message.get("code") or 1005, message.get("reason"))
+    text: str | None = message.get("text")
+    return message["bytes"] if text is None else text
+
+
+async def receive_text(websocket: WebSocket) -> str:
+    """The next text frame; a binary one closes the socket with 1003 (RFC 6455, section 7.4.1).
+
+    ``websocket.receive_text()`` would raise ``KeyError('text')`` instead.
+    """
+    frame = await receive(websocket)
+    if isinstance(frame, bytes):
+        raise WebSocketException(1003, "Text frames only")
+    return frame
+
+
+@app.websocket("/ws-endpoint")
+async def answer_once(websocket: WebSocket) -> None:
+    await websocket.accept()
+    await websocket.send_text(f"Message text was: {await receive_text(websocket)}")
+    await websocket.close(1000)
+
+
+@app.websocket("/ws")
+async def echo(websocket: WebSocket) -> None:
+    await websocket.accept()
+    while True:
+        frame = await receive(websocket)
+        if isinstance(frame, str):
+            await websocket.send_text(f"Message text was: {frame}")
+        else:
+            await websocket.send_bytes(frame)
+
+
+@app.websocket("/ws/json")
+async def echo_json(websocket: WebSocket) -> None:
+    await websocket.accept()
+    while True:
+        try:
+            await websocket.send_json({"received": parse_json(await receive_text(websocket))})
+        except ValueError as error:
+            await websocket.send_json({"error": f"The frame is no JSON: {error}"})
+
+
+@app.websocket("/ws/inspect")
+async def inspect_socket(websocket: WebSocket) -> None:
+    await websocket.accept()
+    handshake = inspect_connection(websocket)
+    await websocket.send_json(handshake | {"subprotocols": websocket.scope["subprotocols"]})
+    while True:
+        frame = await receive(websocket)
+        kind, data = ("text", frame.encode()) if isinstance(frame, str) else ("bytes", frame)
+        await websocket.send_json({"kind": kind, **inspect_bytes(data)})
+
+
+# The loops above answer and wait in turns. A chat must do both at once: one task reads
+# what the client sends, one writes what others have said, and when either ends, so does
+# the other.
+
+
+async def until_first(*coroutines: Coroutine[Any, Any, Any]) -> None:
+    """Run these side by side until the first one ends, end the rest, and raise its exception."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ======================================================================================
+# 6. Sessions
+#
+# A socket's handshake carries little, so context is often made over HTTP first and then
+# named by an id. Whoever knows the id is in, hence it is unguessable. Each socket has a
+# queue and a writer of its own: a sender fills queues and never waits for a slow reader,
+# who is closed when its queue is full.
+# ======================================================================================
+
+SESSION_SECONDS = 3600  # after the last use
+MAX_SESSIONS = 10_000  # about 10 MB; the one unused for longest makes room
+SESSION_QUEUE = 32  # frames of at most 64 KiB that may wait for one socket
+
+
+class Seat:
+    """One socket's place in a session."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self.websocket = websocket
+        self.queue: asyncio.Queue[str] = asyncio.Queue(SESSION_QUEUE)
+        self.full = asyncio.Event()
+
+    def offer(self, text: str) -> None:
+        try:
+            self.queue.put_nowait(text)
+        except asyncio.QueueFull:
+            self.full.set()
+
+    async def write(self) -> None:
+        while True:
+            await self.websocket.send_text(await self.queue.get())
+
+    async def overflow(self) -> None:
+        await self.full.wait()
+        raise WebSocketException(1013, "Too slow")
+
+
+@dataclass(slots=True)
+class Session:
+    """Who asked for it and when, and the sockets now in it."""
+
+    id: str
+    client_host: str | None
+    user_agent: str | None
+    created_at: float  # seconds since 1970, UTC
+    used_at: float = field(default_factory=time.monotonic)
+    seats: set[Seat] = field(default_factory=set)
+
+    def expires_in(self) -> int:
+        """Seconds until it ends; an open socket keeps it alive."""
+        idle = 0 if self.seats else time.monotonic() - self.used_at
+        return max(0, round(SESSION_SECONDS - idle))
+
+
+class Sessions:
+    """All sessions, the least recently used one first."""
+
+    def __init__(self) -> None:
+        self.by_id: OrderedDict[str, Session] = OrderedDict()
+
+    def create(self, connection: HTTPConnection) -> Session:
+        """A new session; raises 503 if there are too many with sockets in them."""
+        if len(self.by_id) >= MAX_SESSIONS:
+            idle = next((s for s in self.by_id.values() if not s.seats), None)
+            if idle is None:
+                raise HTTPException(503, "Too many sessions are in use, try again later")
+            del self.by_id[idle.id]
+        agent = connection.headers.get("user-agent")
+        session = Session(secrets.token_urlsafe(16), client_host(connection), agent, time.time())
+        self.by_id[session.id] = session
+        return session
+
+    def get(self, id: str) -> Session | None:
+        session = self.by_id.get(id)
+        if session and not session.expires_in():
+            del self.by_id[id]
+            return None
+        return session
+
+    def use(self, session: Session) -> None:
+        session.used_at = time.monotonic()
+        if session.id in self.by_id:
+            self.by_id.move_to_end(session.id)
+
+
+AllSessions = Annotated[Sessions, from_state("sessions")]
+
+
+@app.post("/create-session")
+async def create_session(request: Request, sessions: AllSessions) -> dict[str, Any]:
+    session = sessions.create(request)
+    return {"session_id": session.id, "expires_in": session.expires_in()}
+
+
+@app.get("/session/{session_id}")
+async def show_session(session_id: str, sessions: AllSessions) -> dict[str, Any]:
+    session = sessions.get(session_id)
+    if session is None:
+        raise HTTPException(404, "Unknown session: it was never made, or it has expired")
+    return {
+        "session_id": session.id,
+        "client_host": session.client_host,
+        "user_agent": session.user_agent,
+        "created_at": session.created_at,
+        "expires_in": session.expires_in(),
+        "sockets": len(session.seats),
+    }
+
+
+# Its route, /ws/{session_id}, is added after the last of the others: routes are tried in
+# the order of their adding, and this one would take /ws/chat for the session "chat".
+async def session_socket(websocket: WebSocket, session_id: str, sessions: AllSessions) -> None:
+    session = sessions.get(session_id)
+    if session is None:
+        raise WebSocketException(1008, "Unknown session")
+    await websocket.accept()
+    seat = Seat(websocket)
+
+    async def read() -> None:
+        while True:
+            text = await receive_text(websocket)
+            sessions.use(session)
+            for other in session.seats:
+                other.offer(f"Session {session.id}: {text}")
+
+    session.seats.add(seat)
+    sessions.use(session)
+    try:
+        await until_first(read(), seat.write(), seat.overflow())
+    finally:
+        session.seats.discard(seat)
+        sessions.use(session)
+
+
+# ======================================================================================
+# 7. Knowing a user
+#
+# A password is checked once, slowly on purpose, and exchanged for a token: a signed note
+# that says who its bearer is and until when. The signature makes the token trustworthy
+# without a look-up; that the bearer still exists and has not logged out is looked up
+# each time. What a person may do is never in the token: it would be true for too long.
+# ======================================================================================
+
+# Letters that cannot be seen, by which one name could pass for another.
+INVISIBLE = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+
+
+def clean_name(name: str) -> str:
+    """A person's or room's name in its one spelling (NFKC). Raises ValueError for a bad one.
+
+    Letters, digits, ``_`` and ``-`` of any script; marks too, which many scripts spell with.
+    """
+    name = unicodedata.normalize("NFKC", name)
+    kinds = "".join("_" if c in "_-" else unicodedata.category(c)[0] for c in name)
+    if not re.fullmatch(r"[LN_][LMN_]{0,31}", kinds) or re.search(INVISIBLE, name):
+        raise PydanticCustomError("bad_name", "1 to 32 letters, digits, '_' or '-' are a name")
+    return name
+
+
+def folded(name: str) -> str:
+    """A name without regard to case, to find a person by."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+# OWASP Password Storage Cheat Sheet, scrypt: 16 MiB and about 0.2 s for each guess.
+SCRYPT = {"n": 2**14, "r": 8, "p": 5}
+NO_PASSWORD = f"{'00' * 16}${'00' * 64}"  # what a name that nobody has is checked against
+# Never in the loop, and never more at once than these, whatever the number of log-ins.
+password_threads = ThreadPoolExecutor(2, thread_name_prefix="password")
+
+
+def scrypt(password: str, salt: bytes) -> bytes:
+    text = unicodedata.normalize("NFKC", password)  # keyboards differ; NIST SP 800-63B
+    return hashlib.scrypt(text.encode(), salt=salt, maxmem=64 * MIB, **SCRYPT)
+
+
+async def hash_password(password: str) -> str:
+    salt = secrets.token_bytes(16)
+    loop = asyncio.get_running_loop()
+    hashed = await loop.run_in_executor(password_threads, scrypt, password, salt)
+    return f"{salt.hex()}${hashed.hex()}"
+
+
+async def verify_password(password: str, stored: str) -> bool:
+    salt, expected = map(bytes.fromhex, stored.split("$"))
+    loop = asyncio.get_running_loop()
+    given = await loop.run_in_executor(password_threads, scrypt, password, salt)
+    return hmac.compare_digest(given, expected)
+
+
+class Identity(NamedTuple):
+    """Who somebody is, by which token (``jti``), and until when (``exp``, seconds since 1970)."""
+
+    user: str
+    role: str
+    jti: str
+    exp: float
+
+
+class Unauthorized(Exception):
+    """Why a token is refused; the text goes to its bearer."""
+
+
+class Tokens:
+    """Makes and reads JSON Web Tokens, signed with HMAC-SHA256 (RFC 7519, RFC 7518)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.secret = settings.secret or kept_secret(settings.db)
+        self.seconds = settings.token_minutes * 60
+
+    def issue(self, user: str) -> dict[str, Any]:
+        """The answer to a log-in, shaped as OAuth2 wants it (RFC 6749, section 5.1)."""
+        now = time.time()
+        jti = secrets.token_urlsafe(16)
+        claims = {"sub": user, "iat": now, "exp": now + self.seconds, "jti": jti}
+        token = jwt.encode(claims, self.secret, algorithm="HS256")
+        return {"access_token": token, "token_type": "bearer", "expires_in": round(self.seconds)}
+
+    def read(self, token: str | None) -> dict[str, Any]:
+        """The claims of a good token. Raises Unauthorized for any other."""
+        if not token:
+            raise Unauthorized("No token provided")
+        try:
+            # Without `require`, a token without `exp` would be good forever; without
+            # `algorithms`, a token could choose how it is checked.
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                self.secret,
+                algorithms=["HS256"],
+                options={"require": ["sub", "iat", "exp", "jti"]},
+            )
+        except jwt.ExpiredSignatureError:
+            raise Unauthorized("Token expired") from None
+        except (jwt.PyJWTError, ValueError):
+            raise Unauthorized("Invalid token") from None
+        return claims
+
+
+def kept_secret(db: Path) -> bytes:
+    """The key beside the database, made at the first start, readable by its owner only."""
+    path = db.with_name(f"{db.name}.secret")
+    try:
+        if not path.exists():
+            new = path.with_name(f"{path.name}.new")  # a crash while writing leaves no half key
+            new.unlink(missing_ok=True)
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+            new.replace(path)
+        secret = path.read_bytes()
+    except OSError as error:
+        raise StartError(f"CHAT_SECRET is not set, and {str(path)!r}: {error.strerror}") from None
+    if len(secret) < 32:
+        raise StartError(f"CHAT_SECRET is not set, and {str(path)!r} is shorter than 32 bytes")
+    return secret
+
+
+AllTokens = Annotated[Tokens, from_state("tokens")]
+Database = Annotated[Storage, from_state("storage")]
+
+
+async def identify(connection: HTTPConnection, token: str | None) -> Identity:
+    """Who bears this token, by what is stored about them now. Raises Unauthorized."""
+    claims = connection.app.state.tokens.read(token)
+    storage: Storage = connection.app.state.storage
+    person = await storage.person(folded(claims["sub"]))
+    if person is None:
+        raise Unauthorized("Invalid token")
+    if await storage.is_revoked(claims["jti"]):
+        raise Unauthorized("Logged out")
+    return Identity(person.name, person.role, claims["jti"], claims["exp"])
+
+
+oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
+
+
+async def identify_request(
+    request: Request, token: Annotated[str | None, Depends(oauth2)]
+) -> Identity:
+    """A dependency: who makes this request. Answers 401 to nobody we know."""
+    try:
+        return await identify(request, token)
+    except Unauthorized as refusal:
+        bearer = {"WWW-Authenticate": "Bearer"}
+        raise HTTPException(401, f"Unauthorized: {refusal}", bearer) from None
+
+
+async def identify_socket(websocket: WebSocket, token: str | None = None) -> Identity:
+    """A dependency: who opens this socket. Closes with 1008 on nobody we know.
+
+    The token may come in the query, as ``Authorization: Bearer``, or, because a browser
+    can set neither header nor should put a secret in a URL, as a second subprotocol.
+    """
+    scheme, _, bearer = websocket.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        token = token or bearer.strip()
+    for protocol in websocket.scope["subprotocols"]:
+        if protocol.startswith("bearer."):
+            token = token or protocol.removeprefix("bearer.")
+    try:
+        return await identify(websocket, token)
+    except Unauthorized as refusal:
+        raise WebSocketException(1008, f"Unauthorized: {refusal}") from None
+
+
+async def check_origin(websocket: WebSocket) -> None:
+    """A dependency: answers 403 to a socket that another site's page opens.
+
+    A browser lets any page open a socket to any host, but says truly whose page it is. A
+    client that is no browser sends no Origin, and needs none.
+    """
+    origin = websocket.headers.get("origin")
+    settings: Settings = websocket.app.state.settings
+    if origin is None or origin in settings.origins:
+        return
+    if origin.partition("://")[2] != websocket.headers.get("host"):
+        detail = f"Pages of {origin} may not open this socket; see CHAT_ORIGINS"
+        await websocket.send_denial_response(JSONResponse({"detail": detail}, 403))
+        raise WebSocketException(1008, "Wrong origin")  # answered already: this is for the log
+
+
+Me = Annotated[Identity, Depends(identify_request)]
+SocketOwner = Annotated[Identity, Depends(identify_socket)]
+
+
+class Credentials(BaseModel):
+    """A log-in. What is wrong with a password's form is not told: it is a wrong password."""
+
+    username: str
+    password: str
+
+
+class Registration(BaseModel):
+    """A new person."""
+
+    username: Annotated[str, AfterValidator(clean_name)]
+    password: str = Field(min_length=8, max_length=128)
+
+
+async def log_in(storage: Storage, tokens: Tokens, username: str, password: str) -> dict[str, Any]:
+    """A token for the right password, else 401. An unknown name takes as long as a known one."""
+    person = await storage.person(folded(username))
+    good = await verify_password(password, person.password if person else NO_PASSWORD)
+    if person is None or not good:
+        log.info("refused log-in as %r", username[:32])
+        raise HTTPException(401, "Bad username or password", {"WWW-Authenticate": "Bearer"})
+    return tokens.issue(person.name)
+
+
+@app.post("/login")
+async def login(user: Credentials, storage: Database, tokens: AllTokens) -> dict[str, Any]:
+    return await log_in(storage, tokens, user.username, user.password)
+
+
+@app.post("/token")
+async def token(
+    form: Annotated[OAuth2PasswordRequestForm, Depends()], storage: Database, tokens: AllTokens
+) -> dict[str, Any]:
+    """The same as an OAuth2 password form, for the Authorize button of /docs."""
+    return await log_in(storage, tokens, form.username, form.password)
+
+
+@app.post("/register", status_code=201)
+async def register(new: Registration, storage: Database) -> dict[str, Any]:
+    password = await hash_password(new.password)
+    role = await storage.add_person(folded(new.username), new.username, password)
+    if not role:
+        raise HTTPException(409, "This username is taken")
+    return {"username": new.username, "role": role}
+
+
+@app.get("/me")
+async def me(me: Me) -> dict[str, Any]:
+    return {"username": me.user, "role": me.role}
+
+
+@app.websocket("/ws/protected", dependencies=[Depends(check_origin)])
+async def protected(websocket: WebSocket, owner: SocketOwner) -> None:
+    await websocket.accept()
+    await websocket.send_text(f"Hello {owner.user}, you are authenticated!")
+    while True:
+        await websocket.send_text(f"{owner.user} says: {await receive_text(websocket)}")
+
+
+async def add_demo_people(storage: Storage) -> None:
+    """The people that the README logs in as."""
+    for name, password, role in (
+        ("user1", "password1", "member"),
+        ("user2", "password2", "member"),
+        ("admin", "adminpassword", "admin"),
+    ):
+        await storage.add_person(name, name, await hash_password(password), role)
+
+
+# ======================================================================================
+# 8. Rooms
+#
+# The textbook keeps a list of sockets and awaits each in turn: one reader that stalls
+# stops everybody. Here a room is a log, and a client a set of cursors into logs. Sending
+# appends to a log and wakes its followers; each reads on from its own cursor, at its own
+# pace, and nobody waits for anybody. One that wakes late reads all it missed as one frame,
+# so the busier a room, the less each message costs.
+#
+#   reader (one a socket)       committer (one)                  writer (one a socket)
+#   check, post() --pending-->  take all that is pending --log-> read my rooms from my
+#                               one transaction, then append     cursors, send one frame
+#
+# Everything below runs in the event loop and belongs to it, hence no locks; what must not
+# be interrupted is a plain function without `await`.
+# ======================================================================================
+
+WINDOW = 1_000  # newest messages, and newest events, that an open room keeps in memory
+HISTORY = 50  # messages shown on joining
+MAX_BATCH = 250  # messages in one transaction; well below WINDOW, or batches outrun readers
+MAX_PENDING = 10_000  # messages that may wait for the disk before new ones are refused
+MAX_FRAME = 256 * KIB  # characters after which a frame takes no further batch
+MAX_OUTBOX = 1_000  # personal events that may wait for one client
+MAX_ROOMS = 100  # rooms that one client may follow
+
+Encode = Callable[[Sequence[Event]], list[str]]  # events to frames
+
+
+def as_json(events: Sequence[Event]) -> list[str]:
+    """``lobby.v1``: one frame, one JSON object a line."""
+    dumps = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+    return ["\n".join(map(dumps, events))]
+
+
+def as_plain(events: Sequence[Event]) -> list[str]:
+    """Plain text: a frame for each event that has a form for people to read."""
+    frames: list[str] = []
+    for event in events:
+        match event:
+            case {"type": "message"}:
+                # Indented, a further line cannot pass for another person's message.
+                text = "\n    ".join(event["text"].splitlines())
+                frames.append(f"{event['user']}: {text}")
+            case {"type": "joined" | "left"}:
+                frames.append(f"{event['user']} {event['type']} the chat!")
+            case {"type": "history"}:
+                if not event["complete"]:
+                    frames.append("Error: older messages are missing here")
+                frames += as_plain(event["messages"])
+            case {"type": "error"}:
+                frames.append(f"Error: {event['message']}")
+            case {"type": "text"}:
+                frames.append(event["text"])
+    return frames
+
+
+class Batch:
+    """Events that entered a room's log together, and their frames, made once for all readers."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self.events = events
+        self.encoded: dict[Encode, list[str]] = {}
+
+    def frames(self, encode: Encode) -> list[str]:
+        if encode not in self.encoded:
+            self.encoded[encode] = encode(self.events)
+        return self.encoded[encode]
+
+
+class Room:
+    """An open room: its followers, its newest messages, and the log that followers read.
+
+    ``messages`` is for those who come: history, and the resuming of a lost connection.
+    ``batches`` is for those who are here: it has the notices too, in the one order that
+    every follower sees. Both are bounded by WINDOW.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.followers: set[Client] = set()
+        self.sockets: Counter[str] = Counter()  # of each person that is here
+        self.messages: deque[Event] = deque(maxlen=WINDOW)
+        self.forgotten = 0  # messages up to this id may be missing from `messages`
+        self.batches: list[Batch] = []
+        self.first = 0  # the number of batches[0]
+        self.events = 0  # in all batches
+        self.loading: asyncio.Task[None]
+
+    @property
+    def end(self) -> int:
+        """The cursor of a client that has read everything."""
+        return self.first + len(self.batches)
+
+    async def load(self, storage: Storage) -> None:
+        """Put the stored past before what has been appended since the room was opened."""
+        stored, more = await storage.page(self.name, WINDOW)
+        oldest = self.messages[0]["id"] if self.messages else MAX_ID
+        past = [message for message in stored if message["id"] < oldest]
+        known = [*past, *self.messages]
+        self.messages = deque(known, WINDOW)
+        if more or len(known) > WINDOW:
+            self.forgotten = max(self.forgotten, self.messages[0]["id"] - 1)
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Add a batch, forget what the window no longer holds, and wake the followers."""
+        for event in events:
+            if event["type"] == "message":
+                if len(self.messages) == WINDOW:
+                    self.forgotten = self.messages[0]["id"]
+                self.messages.append(event)
+        self.batches.append(Batch(events))
+        self.events += len(events)
+        while self.events > WINDOW and len(self.batches) > 1:
+            self.events -= len(self.batches.pop(0).events)
+            self.first += 1
+        for client in self.followers:
+            client.wake.set()
+
+    def since(self, cursor: int) -> list[Batch]:
+        """The batches from this cursor on. Raises LookupError if the first is forgotten."""
+        if cursor < self.first:
+            raise LookupError(cursor)
+        return self.batches[cursor - self.first :]
+
+    def history(self, after: int | None) -> Event:
+        """All messages since ``after``; the newest ones if there is none, or it is too old."""
+        complete = after is None or after >= self.forgotten
+        if after is not None and complete:
+            messages = [message for message in self.messages if message["id"] > after]
+            more = False
+        else:
+            messages = list(self.messages)[-HISTORY:]
+            more = len(self.messages) > HISTORY
+        return {
+            "type": "history",
+            "room": self.name,
+            "messages": messages,
+            "more": more,
+            "complete": complete,
+        }
+
+
+class Client:
+    """One open chat socket: who holds it, and how far it has read each of its rooms.
+
+    Only ``write`` sends on the socket, only its handler receives. Whoever wants to say
+    something to it alone puts that into ``outbox`` and wakes it.
+    """
+
+    def __init__(self, websocket: WebSocket, owner: Identity, encode: Encode) -> None:
+        self.websocket = websocket
+        self.owner = owner
+        self.encode = encode
+        self.cursors: dict[Room, int] = {}
+        self.outbox: list[Event] = []
+        self.wake = asyncio.Event()
+        self.verdict: WebSocketException | None = None
+        self.over = asyncio.Event()
+
+    def end(self, code: int, reason: str) -> None:
+        """Make the socket's handler close it; the first code and reason count."""
+        self.verdict = self.verdict or WebSocketException(code, reason)
+        self.over.set()
+
+    async def ended(self) -> None:
+        """Wait for ``end``, and raise its code and reason."""
+        await self.over.wait()
+        raise self.verdict or WebSocketException(1011)
+
+    def take(self) -> list[str]:
+        """The frames of all that is new for this client, or of much of it; moves its cursors."""
+        frames = self.encode(self.outbox) if self.outbox else []
+        self.outbox = []
+        size = sum(map(len, frames))
+        for room in self.cursors:
+            for batch in room.since(self.cursors[room]):
+                if size > MAX_FRAME:
+                    self.wake.set()  # to come back for the rest
+                    break
+                new = batch.frames(self.encode)
+                frames += new
+                size += sum(map(len, new))
+                self.cursors[room] += 1
+        return ["\n".join(frames)] if frames and self.encode is as_json else frames
+
+    async def write(self) -> None:
+        """Send whatever is new, whenever something is. Raises WebSocketException when too slow."""
+        while True:
+            await self.wake.wait()
+            self.wake.clear()
+            try:
+                frames = self.take()
+            except LookupError:
+                raise WebSocketException(1013, "Too slow") from None
+            for frame in frames:
+                await self.websocket.send_text(frame)
+
+
+class ConnectionManager:
+    """Owns the rooms and the clients, and the one way by which messages enter rooms."""
+
+    def __init__(self, storage: Storage, settings: Settings) -> None:
+        self.storage = storage
+        self.limit = RateLimit(settings.rate)
+        self.sockets_per_user = settings.sockets_per_user
+        self.rooms: dict[str, Room] = {}
+        self.clients: set[Client] = set()
+        self.pending: list[Draft | Event] = []  # in the order of their coming
+        self.posted = asyncio.Event()
+        self.stopping = False
+
+    # -- Clients ----------------------------------------------------------------------
+
+    def connect(self, client: Client) -> None:
+        """Let a client in. Closes it with 1013 when its owner has too many sockets open."""
+        open_sockets = sum(other.owner.user == client.owner.user for other in self.clients)
+        if self.sockets_per_user and open_sockets >= self.sockets_per_user:
+            raise WebSocketException(1013, "Too many sockets")
+        self.clients.add(client)
+
+    def disconnect(self, client: Client) -> None:
+        """Forget a client, wherever it is."""
+        for room in list(client.cursors):
+            self.leave(client, room)
+        self.clients.discard(client)
+
+    def send_personal_message(self, event: Event, client: Client) -> None:
+        """Say something to one client. One that lets too much pile up is closed with 1013."""
+        client.outbox.append(event)
+        client.wake.set()
+        if len(client.outbox) > MAX_OUTBOX:
+            client.end(1013, "Too slow")
+
+    def end_all(self, code: int, reason: str, which: Callable[[Identity], bool]) -> None:
+        """Close the sockets of those owners."""
+        for client in self.clients:
+            if which(client.owner):
+                client.end(code, reason)
+
+    def online(self) -> dict[str, list[Client]]:
+        """The people with open sockets, by name, and these."""
+        clients = sorted(self.clients, key=lambda client: client.owner.user)
+        return lists((client.owner.user, client) for client in clients)
+
+    # -- Rooms ------------------------------------------------------------------------
+
+    async def join(self, client: Client, name: str, after: int | None = None) -> Room:
+        """Follow a room: load it if nobody does yet, then show its past and who is here.
+
+        From the history to the cursor nothing is awaited, so no message falls between
+        them. Joining again shows the past again. Raises Unavailable.
+        """
+        room = self.rooms.get(name)
+        if room is None:
+            room = self.rooms[name] = Room(name)
+            room.loading = asyncio.create_task(room.load(self.storage))
+        room.followers.add(client)  # keeps the room open meanwhile
+        try:
+            await asyncio.shield(room.loading)
+        except BaseException:
+            self._unfollow(client, room)
+            raise
+        if room in client.cursors:
+            self._flush(client, room)
+        else:
+            room.sockets[client.owner.user] += 1
+        if client.encode is as_json or after is not None:
+            self.send_personal_message(room.history(after), client)
+        presence = {"type": "presence", "room": name, "users": sorted(room.sockets)}
+        self.send_personal_message(presence, client)
+        if room not in client.cursors and room.sockets[client.owner.user] == 1:
+            self.announce({"type": "joined", "room": name, "user": client.owner.user})
+        client.cursors[room] = room.end
+        return room
+
+    def leave(self, client: Client, room: Room) -> None:
+        """Stop following a room, once what was already said in it is on its way."""
+        self._flush(client, room)
+        del client.cursors[room]
+        user = client.owner.user
+        room.sockets[user] -= 1
+        if not room.sockets[user]:
+            del room.sockets[user]
+            self.announce({"type": "left", "room": room.name, "user": user})
+        self._unfollow(client, room)
+
+    def _flush(self, client: Client, room: Room) -> None:
+        """Move what the client has not read of a room to its outbox."""
+        with suppress(LookupError):
+            for batch in room.since(client.cursors[room]):
+                client.outbox += batch.events
+
+    def _unfollow(self, client: Client, room: Room) -> None:
+        room.followers.discard(client)
+        if not room.followers and self.rooms.get(room.name) is room:
+            del self.rooms[room.name]
+
+    # -- Messages ---------------------------------------------------------------------
+
+    def post(self, draft: Draft) -> None:
+        """Queue a message for storing. Raises Refused, and keeps nothing, when it may not be."""
+        if wait := self.limit.wait(draft.user):
+            raise Refused("rate_limited", "You are sending too fast", retry_after=wait)
+        if len(self.pending) >= MAX_PENDING:
+            raise Refused("unavailable", "Too much waits to be stored, try again", retry_after=1)
+        self.pending.append(draft)
+        self.posted.set()
+
+    def announce(self, notice: Event) -> None:
+        """Queue a notice behind the messages that came before it; it is not stored."""
+        self.pending.append(notice)
+        self.posted.set()
+
+    async def commit_forever(self) -> None:
+        """The committer: store what is pending, then show it. Runs until ``stop``."""
+        while not self.stopping or self.pending:
+            await self.posted.wait()
+            self.posted.clear()
+            while self.pending:
+                before = -1
+                while before < len(self.pending) < MAX_BATCH:  # more comes at every turn
+                    before = len(self.pending)
+                    await asyncio.sleep(0)
+                batch, self.pending = self.pending[:MAX_BATCH], self.pending[MAX_BATCH:]
+                try:
+                    await self._commit(batch)
+                except Exception:
+                    log.exception("unexpected error in the committer")
+
+    async def _commit(self, batch: Sequence[Draft | Event]) -> None:
+        drafts = [item for item in batch if isinstance(item, Draft)]
+        try:
+            stored: list[tuple[Event | None, bool]] = []
+            if drafts:
+                stored += await self.storage.append(drafts)
+        except Unavailable:
+            log.exception("could not store %d messages", len(drafts))
+            stored = [(None, False)] * len(drafts)
+        fates = iter(stored)
+        by_room: dict[str, list[Event]] = {}
+        for item in batch:
+            event, is_new = next(fates) if isinstance(item, Draft) else (item, True)
+            if event and is_new:
+                by_room.setdefault(event["room"], []).append(event)
+        for room, events in by_room.items():
+            self.broadcast(room, events)
+        for draft, (event, is_new) in zip(drafts, stored, strict=True):
+            draft.done(event, is_new)
+
+    def broadcast(self, room: str, events: Sequence[Event]) -> None:
+        """Append to a room's log, and wake whoever follows it. Waits for nobody."""
+        if room in self.rooms:
+            self.rooms[room].append(events)
+
+    def stop(self) -> None:
+        """Let the committer end when all that is pending is stored."""
+        self.stopping = True
+        self.posted.set()
+
+
+class Refused(Exception):
+    """Why something was not done: one of the codes of ``lobby.v1``'s error event, and words."""
+
+    def __init__(self, code: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after = retry_after  # seconds
+
+
+class RateLimit:
+    """So many messages a second for each person, and bursts of three times that.
+
+    The generic cell rate algorithm: of each person only the time is kept at which they
+    will have used up nothing, and each message moves it on by 1/rate.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.step = 1 / rate if rate else 0.0  # seconds
+        self.burst = (max(1.0, 3 * rate) - 1) * self.step
+        self.free_at: dict[str, float] = {}
+
+    def wait(self, user: str) -> float:
+        """0 if they may send now, which counts; else the seconds until they may."""
+        now = time.monotonic()
+        free_at = max(now, self.free_at.get(user, now))
+        if free_at - now > self.burst:
+            return round(free_at - now - self.burst, 3)
+        self.free_at[user] = free_at + self.step
+        if len(self.free_at) > 10_000:
+            self.free_at = {name: at for name, at in self.free_at.items() if at > now}
+        return 0
+
+
+# ======================================================================================
+# 9. The chat
+#
+# What remains is to check what clients send, and to say it in the words of chapter 8.
+# Every wrong input is answered with an error that names it, and the socket stays open.
+# ======================================================================================
+
+MAX_TEXT = 4_000  # characters
+# No control characters but tab and line feed, nothing that reverses the text after it.
+FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff]")
+
+
+def clean_text(text: str) -> str:
+    """A message's text in its one spelling (NFC), trimmed. Raises ValueError for a bad one."""
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
+    if not text:
+        raise PydanticCustomError("invalid", "The text is empty")
+    if len(text) > MAX_TEXT:
+        raise PydanticCustomError("too_long", "The text is longer than 4,000 characters")
+    if FORBIDDEN.search(text):
+        raise PydanticCustomError("invalid", "The text has a character that may not be sent")
+    return text
+
+
+def clean_room(name: str) -> str:
+    try:
+        return clean_name(name)
+    except PydanticCustomError as error:
+        raise PydanticCustomError("unknown_room", "No such room: {0}", {"0": str(error)}) from None
+
+
+Text = Annotated[str, AfterValidator(clean_text)]
+RoomName = Annotated[str, AfterValidator(clean_room)]
+Mid = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
+Id = Annotated[int, Field(ge=0, le=MAX_ID)]
+Limit = Annotated[int, Field(ge=1, le=200)]
+
+
+class Incoming(BaseModel):
+    """What a ``lobby.v1`` client sends; errors never repeat the input, they may be logged."""
+
+    model_config = ConfigDict(strict=True, hide_input_in_errors=True)
+
+
+class SendMessage(Incoming):
+    type: Literal["message"]
+    room: RoomName
+    text: Text
+    mid: Mid
+
+
+class JoinRoom(Incoming):
+    type: Literal["join"]
+    room: RoomName
+    after: Id | None = None
+    epoch: str | None = None
+
+
+class LeaveRoom(Incoming):
+    type: Literal["leave"]
+    room: RoomName
+
+
+class GetHistory(Incoming):
+    type: Literal["history"]
+    room: RoomName
+    before: Id = MAX_ID
+    limit: Limit = HISTORY
+
+
+AnyIncoming = SendMessage | JoinRoom | LeaveRoom | GetHistory
+incoming: TypeAdapter[AnyIncoming] = TypeAdapter(
+    Annotated[AnyIncoming, Field(discriminator="type")]
+)
+text_only: TypeAdapter[str] = TypeAdapter(Text)
+
+Manager = Annotated[ConnectionManager, from_state("manager")]
+
+
+def refusal(error: ValidationError) -> Refused:
+    """The first thing that is wrong, as an error event says it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    code = first["type"] if first["type"] in ("too_long", "unknown_room") else "invalid"
+    where = ".".join(map(str, first["loc"][1:]))  # without the event's type
+    return Refused(code, f"{where}: {first['msg']}" if where else first["msg"])
+
+
+class Conversation:
+    """What one client says, understood and done."""
+
+    def __init__(self, client: Client, manager: ConnectionManager) -> None:
+        self.client = client
+        self.manager = manager
+
+    def tell(self, event: Event) -> None:
+        self.manager.send_personal_message(event, self.client)
+
+    def tell_error(self, error: Refused, mid: str | None = None) -> None:
+        event: Event = {"type": "error", "code": error.code, "message": str(error)}
+        extra = {"mid": mid, "retry_after": error.retry_after}
+        self.tell(event | {key: value for key, value in extra.items() if value is not None})
+
+    async def read(self, first: dict[str, str]) -> None:
+        """The reader: do ``first``, then what each frame asks for, until the client leaves."""
+        is_json = self.client.encode is as_json
+        await self.attempt(self.enter(first))
+        while True:
+            frame = await receive_text(self.client.websocket)
+            await self.attempt(self.hear_json(frame) if is_json else self.hear_plain(frame))
+            await asyncio.sleep(0)  # many frames may have come at once: let others go between
+
+    async def attempt(self, step: Awaitable[None]) -> None:
+        """Do something that may fail for one of the reasons that an error event can tell."""
+        try:
+            await step
+        except ValidationError as error:
+            self.tell_error(refusal(error))
+        except Unavailable as error:
+            log.error("the database failed", exc_info=error)
+            self.tell_error(Refused("unavailable", "The database failed, try again"))
+
+    async def enter(self, query: dict[str, str]) -> None:
+        """Join the room that the socket's URL asks for."""
+        await self.do(incoming.validate_strings({"type": "join"} | query, strict=False))
+
+    def post(self, room: str, text: str, mid: str | None) -> None:
+        """Send a message. What becomes of it comes back through the room, or by an error."""
+
+        def done(event: Event | None, is_new: bool) -> None:
+            if event is None:
+                self.tell_error(Refused("unavailable", "Could not be stored, try again"), mid)
+            elif not is_new or room not in (followed.name for followed in self.client.cursors):
+                self.tell(event)  # it reaches its sender in no other way
+
+        try:
+            self.manager.post(Draft(room, self.client.owner.user, text, mid, done))
+        except Refused as error:
+            self.tell_error(error, mid)
+
+    async def join(self, room: str, after: int | None, epoch: str | None) -> None:
+        """Join, and say so if ``after`` cannot be honoured: it is from another database."""
+        storage = self.manager.storage
+        if after is not None and (epoch not in (None, storage.epoch) or after > storage.last_id):
+            after = -1  # older than anything: never complete
+        if len(self.client.cursors) >= MAX_ROOMS:
+            self.tell_error(Refused("forbidden", f"Only {MAX_ROOMS} rooms on one socket"))
+        else:
+            await self.manager.join(self.client, room, after)
+
+    # -- lobby.v1 ---------------------------------------------------------------------
+
+    async def hear_json(self, frame: str) -> None:
+        for line in frame.split("\n"):
+            if self.client.verdict:
+                break  # it sent more nonsense than it read answers
+            try:
+                await self.do(incoming.validate_json(line))
+            except ValidationError as error:
+                self.tell_error(refusal(error), mid_of(line))
+
+    async def do(self, event: AnyIncoming) -> None:
+        match event:
+            case SendMessage():
+                self.post(event.room, event.text, event.mid)
+            case JoinRoom():
+                await self.join(event.room, event.after, event.epoch)
+            case LeaveRoom():
+                for room in [room for room in self.client.cursors if room.name == event.room]:
+                    self.manager.leave(self.client, room)
+            case GetHistory():
+                page = await self.manager.storage.page(event.room, event.limit, event.before)
+                self.tell({"type": "history", "room": event.room, "messages": page[0]}
+                          | {"more": page[1], "complete": True})  # fmt: skip
+
+    # -- Plain text -------------------------------------------------------------------
+
+    async def hear_plain(self, frame: str) -> None:
+        if frame.startswith("/"):
+            self.command(frame)
+        else:
+            for room in self.client.cursors:
+                self.post(room.name, text_only.validate_python(frame), None)
+
+    def command(self, line: str) -> None:
+        match line.split():
+            case ["/who"]:
+                for room in self.client.cursors:
+                    self.tell({"type": "text", "text": f"Here: {', '.join(sorted(room.sockets))}"})
+            case ["/help"]:
+                self.tell({"type": "text", "text": "/who  who is here\n/help  this text"})
+            case _:
+                self.tell_error(Refused("invalid", "unknown command; /help lists them"))
+
+
+def mid_of(line: str) -> str | None:
+    """The ``mid`` of a message that is wrong otherwise, so that its sender can tell which."""
+    event = json_or_none(line)
+    mid = event.get("mid") if isinstance(event, dict) else None
+    return mid if isinstance(mid, str) and len(mid) <= 64 else None
+
+
+@app.websocket("/ws/chat", dependencies=[Depends(check_origin)])
+async def chat(
+    websocket: WebSocket,
+    owner: SocketOwner,
+    manager: Manager,
+    room: str = "lobby",
+    after: str | None = None,
+    epoch: str | None = None,
+) -> None:
+    """The chat socket: one reader, one writer, and whatever ends it, side by side."""
+    query = {"room": room, "after": after, "epoch": epoch}
+    first = {name: value for name, value in query.items() if value is not None}
+    subprotocol = choose_subprotocol(websocket)
+    await websocket.accept(subprotocol)
+    client = Client(websocket, owner, as_json if subprotocol else as_plain)
+    conversation = Conversation(client, manager)
+    manager.connect(client)
+    log.info("connected %r from %s", owner.user, client_host(websocket))
+    code = 1006
+    expiry = asyncio.get_running_loop().call_later(
+        owner.exp - time.time(), client.end, 1008, "Unauthorized: Token expired"
+    )
+    try:
+        welcome: Event = {"type": "welcome", "user": owner.user, "role": owner.role}
+        welcome |= {"epoch": manager.storage.epoch, "expires_at": owner.exp, "rooms": []}
+        conversation.tell(welcome)
+        await until_first(conversation.read(first), client.write(), client.ended())
+    except (WebSocketDisconnect, WebSocketException) as end:
+        code = end.code
+        raise
+    finally:
+        expiry.cancel()
+        manager.disconnect(client)
+        log.info("disconnected %r: %d", owner.user, code)
+
+
+@app.post("/logout", status_code=204)
+async def logout(me: Me, storage: Database, manager: Manager) -> None:
+    """Refuse this token from now on, and close the sockets that were opened with it."""
+    await storage.revoke(me.jti, me.exp)
+    manager.end_all(1008, "Unauthorized: Logged out", lambda owner: owner.jti == me.jti)
+
+
+@app.get("/rooms")
+async def list_rooms(me: Me, storage: Database, manager: Manager) -> list[dict[str, Any]]:
+    names = {"lobby", *manager.rooms, *await storage.rooms()}
+    online = {name: len(room.sockets) for name, room in manager.rooms.items()}
+    return [{"room": name, "online": online.get(name, 0)} for name in sorted(names)]
+
+
+@app.get("/rooms/{room}/messages")
+async def read_messages(
+    room: RoomName,
+    me: Me,
+    storage: Database,
+    before: Annotated[Id, Query()] = MAX_ID,
+    after: Annotated[Id | None, Query()] = None,
+    limit: Annotated[Limit, Query()] = HISTORY,
+) -> dict[str, Any]:
+    """A page, oldest first: next to ``after`` if that is given, else next to ``before``."""
+    messages, more = await storage.page(room, limit, before, after)
+    return {"messages": messages, "more": more}
+
+
+class NewMessage(BaseModel):
+    """A message by HTTP; with a ``mid``, sending it again is safe."""
+
+    text: Text
+    mid: Mid | None = None
+
+
+@app.post("/rooms/{room}/messages", status_code=201)
+async def post_message(
+    room: RoomName, new: NewMessage, me: Me, manager: Manager, response: Response
+) -> Event:
+    """Answers once the message is stored: 201, or 200 with the original for a repeated ``mid``."""
+    fate: asyncio.Future[tuple[Event | None, bool]] = asyncio.get_running_loop().create_future()
+
+    def done(event: Event | None, is_new: bool) -> None:
+        if not fate.done():  # the client may have gone
+            fate.set_result((event, is_new))
+
+    try:
+        manager.post(Draft(room, me.user, new.text, new.mid, done))
+    except Refused as error:
+        status = 429 if error.code == "rate_limited" else 503
+        retry = {"Retry-After": str(math.ceil(error.retry_after or 1))}
+        raise HTTPException(status, str(error), retry) from None
+    event, is_new = await fate
+    if event is None:
+        raise HTTPException(503, "The message could not be stored, try again")
+    if not is_new:
+        response.status_code = 200
+    return event
+
+
+@app.get("/users")
+async def list_users(me: Me, manager: Manager) -> list[dict[str, Any]]:
+    return [
+        {
+            "username": name,
+            "role": clients[0].owner.role,
+            "rooms": sorted({room.name for client in clients for room in client.cursors}),
+        }
+        for name, clients in manager.online().items()
+    ]
+
+
+@app.get("/healthz")
+async def healthz(storage: Database, manager: Manager) -> dict[str, Any]:
+    """For whoever watches the server: people online and rooms open; 503 if the database fails."""
+    await storage.count_people()
+    return {"status": "ok", "online": len(manager.online()), "rooms": len(manager.rooms)}
+
+
+app.add_api_websocket_route("/ws/{session_id}", session_socket)  # the last one: see chapter 6
+
+
+# ======================================================================================
+# 10. The page
+#
+# One constant, sent as it is: nothing is put into it on the server, so nothing can be
+# smuggled in. Its policy lets exactly this script and this style run, by their hashes.
+# ======================================================================================
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Lobby</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  color-scheme: light dark;
+  --ink: light-dark(#1c2024, #e8e9eb); --dim: light-dark(#5b636b, #a3a9b1);
+  --paper: light-dark(#ffffff, #17191c); --shade: light-dark(#f3f4f6, #202327);
+  --line: light-dark(#d3d7dc, #3a3f45); --accent: light-dark(#1f5fbf, #7db1ff);
+  --wrong: light-dark(#b3261e, #ff9a92);
+}
+* { box-sizing: border-box; }
+body { margin: 0; height: 100dvh; display: flex; flex-direction: column;
+  font: 16px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem;
+  padding: .6rem 1rem; border-bottom: 1px solid var(--line); background: var(--shade); }
+h1 { font-size: 1.1rem; margin: 0; }
+#status { color: var(--dim); margin-left: auto; }
+form { display: flex; flex-wrap: wrap; gap: .5rem; padding: .75rem 1rem; }
+#access { flex-direction: column; width: min(24rem, 100%); margin: auto; }
+#access label { display: grid; gap: .15rem; }
+input, textarea, button { font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .6rem; }
+button { background: var(--accent); border-color: var(--accent); color: var(--paper); cursor: pointer; }
+button.quiet { background: none; color: var(--accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+#problem { color: var(--wrong); margin: 0; min-height: 1.45em; overflow-wrap: anywhere; }
+main { flex: 1; min-height: 0; display: flex; flex-direction: column; }
+[hidden] { display: none !important; }
+#here { margin: 0; padding: .4rem 1rem; color: var(--dim); border-bottom: 1px solid var(--line);
+  max-height: 5rem; overflow-y: auto; overflow-wrap: anywhere; }
+#chatLog { flex: 1; min-height: 0; overflow-y: auto; padding: .75rem 1rem; margin: 0; list-style: none; }
+#chatLog li { overflow-wrap: anywhere; white-space: pre-wrap; padding: .1rem 0; unicode-bidi: plaintext; }
+#chatLog b { color: var(--accent); }
+#chatLog time, #chatLog .notice, #chatLog small { color: var(--dim); font-size: .85em; }
+#chatLog .failed small { color: var(--wrong); }
+#composer { border-top: 1px solid var(--line); background: var(--shade); }
+#composer label { flex: 1; display: flex; }
+#messageText { flex: 1; min-width: 0; resize: none; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+</style>
+</head>
+<body>
+<header>
+  <h1>Lobby</h1>
+  <span id="who"></span>
+  <span id="status" role="status">not connected</span>
+  <button id="logOut" class="quiet" type="button" hidden>Log out</button>
+</header>
+
+<form id="access">
+  <label>Name <input id="username" name="username" autocomplete="username" value="user1"></label>
+  <label>Password <input id="password" name="password" type="password"
+    autocomplete="current-password" value="password1"></label>
+  <button>Log in</button>
+  <label>or paste a token <input id="token" name="token" autocomplete="off" spellcheck="false"></label>
+  <button id="connect" type="button" class="quiet">Connect with the token</button>
+  <p id="problem" role="alert"></p>
+</form>
+
+<main id="chat" hidden>
+  <p id="here"></p>
+  <ol id="chatLog" role="log" aria-label="Messages" tabindex="0"></ol>
+  <form id="composer">
+    <label><span class="unseen">Message</span>
+      <textarea id="messageText" rows="1" maxlength="4000" placeholder="Message, Enter to send"></textarea></label>
+    <button>Send</button>
+  </form>
+</main>
+
+<script>
+"use strict";
+const $ = (id) => document.getElementById(id);
+const ROOM = "lobby";
+let socket = null;         // the open WebSocket, if any
+let retries = 0;           // failed connections in a row
+let retryTimer = 0;
+let last = null;           // where to resume: {id, epoch}
+let here = new Set();      // who is in the room
+const lines = new Map();   // message id -> its line in the log
+const unsent = new Map();  // mid -> {text, line}: sent or to be sent, not yet seen back
+
+// -- Showing -----------------------------------------------------------------
+
+const element = (tag, text = "", className = "") =>
+  Object.assign(document.createElement(tag), {textContent: text, className});
+
+const show = (line, before = null) => {
+  const log = $("chatLog");
+  const atBottom = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+  log.insertBefore(line, before);
+  if (atBottom) log.scrollTop = log.scrollHeight;
+};
+
+const say = (text) => show(element("li", text, "notice"));
+
+const messageLine = (user, text, at, note = "") => {
+  const line = element("li");
+  const time = element("time", new Date(at * 1000).toLocaleTimeString([], {timeStyle: "short"}));
+  time.dateTime = new Date(at * 1000).toISOString();
+  line.append(time, " ", element("b", user), " ", element("span", text), " ", element("small", note));
+  return line;
+};
+
+const showMessage = (event) => {
+  unsent.get(event.mid)?.line.remove();
+  unsent.delete(event.mid);
+  if (lines.has(event.id)) return;
+  last.id = Math.max(last.id, event.id);
+  const line = messageLine(event.user, event.text, event.at);
+  lines.set(event.id, line);
+  show(line, unsent.values().next().value?.line);  // above what is still being sent
+};
+
+const showHere = () => { $("here").textContent = `Here: ${[...here].sort().join(", ")}`; };
+
+const status = (text) => { $("status").textContent = text; };
+
+// -- Events ------------------------------------------------------------------
+
+const hear = (event) => {
+  switch (event.type) {
+    case "welcome":
+      $("who").textContent = event.user;
+      last = {id: last?.epoch === event.epoch ? last.id : 0, epoch: event.epoch};
+      break;
+    case "history":
+      if (!event.complete) {
+        for (const line of lines.values()) line.remove();
+        lines.clear();
+        say("Some messages are missing here.");
+      }
+      event.messages.forEach(showMessage);
+      for (const [mid, {text}] of unsent) transmit(mid, text);
+      break;
+    case "presence": here = new Set(event.users); showHere(); break;
+    case "joined": here.add(event.user); showHere(); say(`${event.user} joined the chat!`); break;
+    case "left": here.delete(event.user); showHere(); say(`${event.user} left the chat!`); break;
+    case "message": showMessage(event); break;
+    case "error": hearError(event); break;
+  }
+};
+
+const hearError = (event) => {
+  const waiting = unsent.get(event.mid);
+  if (!waiting) return say(`Error: ${event.message}`);
+  if (event.retry_after) {
+    setTimeout(() => unsent.has(event.mid) && transmit(event.mid, waiting.text), event.retry_after * 1000);
+    return;
+  }
+  waiting.line.className = "failed";
+  waiting.line.querySelector("small").textContent = `not sent: ${event.message}`;
+  unsent.delete(event.mid);
+};
+
+// -- The connection ----------------------------------------------------------
+
+const connect = () => {
+  clearTimeout(retryTimer);
+  const url = new URL("ws/chat", location.href.replace(/^http/, "ws"));
+  url.hash = "";
+  url.search = new URLSearchParams({room: ROOM, ...(last && {after: last.id, epoch: last.epoch})});
+  status("connecting");
+  try {
+    socket = new WebSocket(url, ["lobby.v1", `bearer.${$("token").value.trim()}`]);
+  } catch {
+    return refuse("This is no token.");
+  }
+  socket.onopen = () => { status("connected"); $("access").hidden = true; $("chat").hidden = $("logOut").hidden = false; };
+  socket.onmessage = ({data}) => {
+    retries = 0;
+    for (const line of data.split("\n")) hear(JSON.parse(line));
+  };
+  socket.onclose = ({code, reason}) => {
+    socket = null;
+    if (code === 1000 || code === 1008) return refuse(reason);
+    const seconds = Math.min(30, 2 ** retries++) * (0.5 + Math.random() / 2);
+    status(`disconnected, trying again in ${Math.ceil(seconds)} s`);
+    retryTimer = setTimeout(connect, seconds * 1000);
+  };
+};
+
+const refuse = (reason) => {
+  status("not connected");
+  $("problem").textContent = reason;
+  $("access").hidden = false;
+  $("chat").hidden = $("logOut").hidden = true;
+};
+
+const transmit = (mid, text) => {
+  if (socket?.readyState === WebSocket.OPEN) {
+    socket.send(JSON.stringify({type: "message", room: ROOM, text, mid}));
+  }
+};
+
+// -- What people do ----------------------------------------------------------
+
+$("access").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  $("problem").textContent = "";
+  try {
+    const answer = await fetch("login", {
+      method: "POST",
+      headers: {"Content-Type": "application/json"},
+      body: JSON.stringify({username: $("username").value, password: $("password").value}),
+    });
+    const body = await answer.json();
+    if (!answer.ok) throw new Error(typeof body.detail === "string" ? body.detail : "Give a name and a password.");
+    $("token").value = body.access_token;
+    connect();
+  } catch (error) {
+    $("problem").textContent = error.message;
+  }
+});
+
+$("connect").addEventListener("click", () => { $("problem").textContent = ""; connect(); });
+
+$("logOut").addEventListener("click", () =>
+  fetch("logout", {method: "POST", headers: {Authorization: `Bearer ${$("token").value.trim()}`}}));
+
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = $("messageText").value.trim();
+  if (!text) return;
+  const mid = Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(36)).join("-");
+  const line = messageLine($("who").textContent, text, Date.now() / 1000, "sending");
+  unsent.set(mid, {text, line});
+  show(line);
+  transmit(mid, text);
+  $("messageText").value = "";
+});
+
+$("messageText").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("composer").requestSubmit();
+  }
+});
+</script>
+</body>
+</html>
+"""
+
+
+def content_security_policy(page: str) -> str:
+    """A policy (CSP level 3) that allows the page's own script and style, and nothing else."""
+    hashes = {
+        tag: base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        for tag, content in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
+    }
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
+        f"style-src 'sha256-{hashes['style']}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": content_security_policy(PAGE),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@app.get("/", response_class=HTMLResponse)
+async def page() -> HTMLResponse:
+    return HTMLResponse(PAGE, headers=PAGE_HEADERS)
+
+
+# ======================================================================================
+# 11. Serving
+#
+# uvicorn's defaults suit a request that ends. Sockets that stay open for days, some of
+# them held by nobody or by somebody hostile, want an end to patience.
+# ======================================================================================
+
+STALL_SECONDS = 30.0  # how long a client may take no byte of what waits for it
+MAX_FRAGMENTS = 1_024  # frames that one message may come in
+
+
+class PatientProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket protocol, which would wait forever for a client that does not read.
+
+    A closed connection stays, with all that waits to be sent, until the peer has taken it;
+    only ``transport.abort()`` frees both. The methods overridden here are no public API of
+    uvicorn's, so the tests exercise each.
+    """
+
+    stalled: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.stalled:
+            self.stalled.cancel()
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self.transport.abort()
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        super().on_task_complete(task)
+        self.loop.call_later(self.close_timeout, self.transport.abort)
+
+    def handle_ping(self) -> None:
+        """Answer a ping, unless its sender does not read: then the answers would pile up."""
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()  # made already; thrown away
+
+    def handle_cont(self, event: Frame) -> None:
+        """Take a fragment; empty ones cost memory without counting for ``ws_max_size``."""
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self.conn.fail(1009, "Too many fragments")
+            self.handle_parser_exception()
+        else:
+            super().handle_cont(event)
+
+
+class HideTokens(logging.Filter):
+    """uvicorn logs each socket's URL, and the token may be in it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = HIDDEN.sub(r"\1***", record.getMessage()), ()
+        return True
+
+
+HIDDEN = re.compile(r"(token=)[^&\s\"']+", re.IGNORECASE)
+for name in ("uvicorn.error", "uvicorn.access"):
+    logging.getLogger(name).addFilter(HideTokens())
+
+
+def main() -> None:
+    """Serve, by the settings in the environment, until a signal comes."""
+    try:
+        settings = Settings.from_environment()
+        Storage(settings.db).close()  # what the lifespan would refuse at length, in one line
+        Tokens(settings)
+    except StartError as error:
+        raise SystemExit(f"Lobby cannot start: {error}") from None
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        ws=PatientProtocol,
+        ws_max_size=64 * KIB,
+        ws_per_message_deflate=False,  # it would compress the same text once for each reader
+        timeout_graceful_shutdown=5,
+    )
+
+
+if __name__ == "__main__":
+    main()
