@@ -1,0 +1,1751 @@
+"""Tests of app.py, in the order of its chapters.
+
+Most drive the application with ``TestClient``. What only a real server shows (close codes on
+the wire, readers that stall, signals, ``kill -9``) starts ``python app.py`` on a free port.
+The page is tested in headless Chromium where Playwright and Chromium are installed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from fastapi.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+import app as lobby
+from app import Settings, StartError, Storage, app
+
+HERE = Path(__file__).parent
+PASSWORDS = {"user1": "password1", "user2": "password2", "admin": "adminpassword"}
+
+
+# -- Fixtures ------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test has a database of its own, no limit on sending, and the default settings."""
+    for name in [name for name in os.environ if name.startswith("CHAT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CHAT_RATE", "0")
+    monkeypatch.setenv("CHAT_DB", str(tmp_path / "chat.db"))
+
+
+@pytest.fixture(scope="session")
+def demo_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new database with the demo people: copied, it saves each test their slow hashing."""
+    path = tmp_path_factory.mktemp("demo") / "chat.db"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("CHAT_DB", str(path))
+        with TestClient(app):
+            pass
+    return path
+
+
+@pytest.fixture
+def database(tmp_path: Path, demo_database: Path) -> Path:
+    return Path(shutil.copy(demo_database, tmp_path / "chat.db"))
+
+
+@pytest.fixture
+def client(database: Path) -> Iterator[TestClient]:
+    """The application, started, over a database with the demo people."""
+    with TestClient(app) as client:
+        yield client
+
+
+def token(user: str = "user1") -> str:
+    """A token as a log-in gives it, without the slow password."""
+    return str(app.state.tokens.issue(user)["access_token"])
+
+
+def bearer(user: str = "user1") -> dict[str, str]:
+    return {"Authorization": f"Bearer {token(user)}"}
+
+
+class Chat:
+    """A socket of either test client that speaks ``lobby.v1``: one event at a time."""
+
+    def __init__(self, receive: Callable[[], str], send: Callable[[str], None]) -> None:
+        self.receive, self.send_text = receive, send
+        self.events: list[dict[str, Any]] = []
+
+    def send(self, type: str, **event: Any) -> None:
+        self.send_text(json.dumps({"type": type, **event}))
+
+    def say(self, text: str, mid: str, room: str = "lobby") -> None:
+        self.send("message", room=room, text=text, mid=mid)
+
+    def next(self, *types: str) -> dict[str, Any]:
+        """The next event, of one of these types if any are given."""
+        while True:
+            if not self.events:
+                self.events = [json.loads(line) for line in self.receive().split("\n")]
+            event = self.events.pop(0)
+            if not types or event["type"] in types:
+                return event
+
+    def nothing_came(self) -> None:
+        """Assert that nothing is on its way: what answers a wrong frame is the next event."""
+        self.send("nonsense")
+        assert self.next()["code"] == "invalid"
+
+
+@contextmanager
+def chat(
+    client: TestClient, user: str = "user1", query: str = "", quiet: bool = True
+) -> Iterator[Chat]:
+    """An open chat socket; ``quiet``: what comes on joining has been read."""
+    first = user not in app.state.manager.online()
+    protocols = ["lobby.v1", f"bearer.{token(user)}"]
+    with client.websocket_connect(f"/ws/chat?{query}", subprotocols=protocols) as websocket:
+        conversation = Chat(websocket.receive_text, websocket.send_text)
+        if quiet:
+            conversation.next("joined" if first else "presence")
+        yield conversation
+
+
+class Server:
+    """``python app.py`` in a process of its own."""
+
+    def __init__(self, folder: Path, program: str = "app.main()", **settings: str) -> None:
+        self.log = folder / "server.log"
+        environment = os.environ | {"CHAT_PORT": "0", "CHAT_DB": str(folder / "chat.db")}
+        environment |= {f"CHAT_{name.upper()}": value for name, value in settings.items()}
+        command = [sys.executable, str(HERE / "app.py")]
+        if program != "app.main()":
+            command = [sys.executable, "-c", f"import app; {program}; app.main()"]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, cwd=HERE, env=environment, stderr=log)
+        self.port = int(self.wait_for_log(r"running on http://127.0.0.1:(\d+)"))
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait_for_log(self, pattern: str) -> str:
+        """The first group of the pattern, once a line of the log has it."""
+        for _ in range(600):
+            if found := re.search(pattern, self.log.read_text()):
+                return found[1]
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        raise AssertionError(f"no {pattern!r} in {self.log.read_text()}")
+
+    def request(self, path: str, body: Any = None, **headers: str) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers["Content-Type"] = "application/json"
+        request = urllib.request.Request(self.url + path, data, headers)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    def token(self, user: str = "user1") -> str:
+        body = {"username": user, "password": PASSWORDS[user]}
+        return str(self.request("/login", body)["access_token"])
+
+    def connect(self, path: str, **options: Any) -> ClientConnection:
+        options = {"compression": None, "open_timeout": 20, "legacy": True} | options
+        return connect(f"ws://127.0.0.1:{self.port}{path}", **options)
+
+    def chat(self, token: str, query: str = "") -> Chat:
+        websocket = self.connect(f"/ws/chat?{query}", subprotocols=["lobby.v1", f"bearer.{token}"])
+        conversation = Chat(lambda: str(websocket.recv(timeout=20)), websocket.send)
+        conversation.next("presence")
+        return conversation
+
+    def raw_socket(self, path: str, *headers: str, receive_buffer: int = 0) -> socket.socket:
+        """A socket after its handshake, in the hands of somebody who ignores all rules."""
+        raw = socket.socket()
+        if receive_buffer:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        raw.connect(("127.0.0.1", self.port))
+        lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", "Upgrade: websocket",
+                 "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+                 f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}", *headers]  # fmt: skip
+        raw.sendall("\r\n".join([*lines, "", ""]).encode())
+        answer = b""
+        while not answer.endswith(b"\r\n\r\n"):
+            answer += raw.recv(1)
+        assert b" 101 " in answer, answer
+        return raw
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(timeout=20)
+
+
+@pytest.fixture
+def serve(database: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers over the test's database; ends them with the test."""
+    with ExitStack() as stack:
+
+        def start(**settings: str) -> Server:
+            server = Server(database.parent, **settings)
+            stack.callback(server.process.wait)
+            stack.callback(server.process.kill)
+            return server
+
+        yield start
+
+
+def frame(opcode: int, payload: bytes = b"", final: bool = True) -> bytes:
+    """A client's frame (RFC 6455, section 5.2) of less than 126 bytes, masked with zeros."""
+    return bytes([final << 7 | opcode, 0x80 | len(payload)]) + bytes(4) + payload
+
+
+def close_code(raw: socket.socket) -> int:
+    """Read until the server's close frame (0x88, length, code); its code."""
+    raw.settimeout(20)
+    data = b""
+    while len(data.partition(b"\x88")[2]) < 3:
+        data = data.partition(b"\x88")[1] + data.partition(b"\x88")[2] + raw.recv(65536)
+    return int.from_bytes(data[2:4], "big")
+
+
+# -- 1. Settings ---------------------------------------------------------------------------
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAT_PORT", "8123")
+    monkeypatch.setenv("CHAT_TOKEN_MINUTES", "0.5")
+    monkeypatch.setenv("CHAT_ORIGINS", "https://a.example, https://b.example/")
+    settings = Settings.from_environment()
+    assert (settings.port, settings.token_minutes) == (8123, 0.5)
+    assert settings.origins == {"https://a.example", "https://b.example"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CHAT_PORT", "http"),
+        ("CHAT_PORT", "65536"),
+        ("CHAT_TOKEN_MINUTES", "0"),
+        ("CHAT_TOKEN_MINUTES", "nan"),
+        ("CHAT_RATE", "-1"),
+        ("CHAT_RATE", "inf"),
+        ("CHAT_SECRET", "short"),
+        ("CHAT_DEMO_USERS", "perhaps"),
+        ("CHAT_SOCKETS_PER_USER", "many"),
+    ],
+)
+def test_an_unusable_setting_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StartError, match=f"^{name}") as error:
+        Settings.from_environment()
+    assert "\n" not in str(error.value)
+    assert name != "CHAT_SECRET" or value not in str(error.value)
+
+
+def test_demo_people_stay_on_this_machine_unless_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1", "chat.example"):
+        monkeypatch.setenv("CHAT_HOST", host)
+        with pytest.raises(StartError, match="CHAT_DEMO_USERS"):
+            Settings.from_environment()
+    monkeypatch.setenv("CHAT_DEMO_USERS", "1")
+    assert Settings.from_environment().demo_users
+    monkeypatch.delenv("CHAT_DEMO_USERS")
+    monkeypatch.setenv("CHAT_HOST", "::1")
+    assert Settings.from_environment().demo_users
+
+
+def run_app(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(HERE / "app.py")],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_the_start_is_refused_in_one_line(tmp_path: Path) -> None:
+    not_a_database = tmp_path / "notes.txt"
+    not_a_database.write_text("This is no database. " * 100)
+    for name, value in (("CHAT_PORT", "http"), ("CHAT_DB", str(not_a_database))):
+        ended = run_app(**{name: value})
+        assert ended.returncode == 1
+        assert re.fullmatch(rf"Lobby cannot start: {name}=.*\n", ended.stderr)
+
+
+def test_the_inline_metadata_names_the_same_packages_as_requirements() -> None:
+    source = (HERE / "app.py").read_text()
+    block = re.search(r"^# /// script\n(.*?)^# ///$", source, re.DOTALL | re.MULTILINE)
+    assert block
+    metadata = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
+    lines = (HERE / "requirements.txt").read_text().split("# for the tests")[0].split()
+    assert metadata["dependencies"] == lines
+    assert metadata["requires-python"] == ">=3.11"
+
+
+# -- 2. Storage ----------------------------------------------------------------------------
+
+
+def test_commits_reach_the_disk(client: TestClient, database: Path) -> None:
+    db = app.state.storage.db
+    assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
+def test_a_message_is_stored_before_anyone_sees_it(client: TestClient) -> None:
+    """With the database's thread held up nothing appears; the loop serves on meanwhile."""
+    held = threading.Event()
+    with chat(client) as conversation:
+        conversation.nothing_came()
+        app.state.storage.thread.submit(held.wait)
+        conversation.say("hello", "m1")
+        conversation.nothing_came()
+        assert client.get("/items/5").status_code == 200
+        held.set()
+        assert conversation.next()["text"] == "hello"
+
+
+def test_a_message_survives_kill_9(serve: Callable[..., Server], database: Path) -> None:
+    server = serve()
+    conversation = server.chat(server.token())
+    conversation.say("remember me", "m1")
+    message = conversation.next("message")
+    server.stop(signal.SIGKILL)
+    with closing(sqlite3.connect(database)) as db:
+        row = db.execute("SELECT id, user, text, mid FROM messages").fetchone()
+    assert row == (message["id"], "user1", "remember me", "m1")
+
+
+def test_messages_that_wait_together_are_stored_by_one_statement(client: TestClient) -> None:
+    held = threading.Event()
+    statements: list[str] = []
+    storage = app.state.storage
+    with chat(client) as conversation:
+        conversation.nothing_came()
+        storage.thread.submit(held.wait)
+        conversation.say("the first goes alone", "m0")
+        for n in range(1, 20):
+            conversation.say("these wait", f"m{n}")
+        conversation.nothing_came()
+        storage.db.set_trace_callback(statements.append)
+        held.set()
+        for _ in range(20):
+            conversation.next("message")
+        storage.db.set_trace_callback(None)
+    assert 1 <= sum("INSERT INTO messages" in one for one in statements) <= 2
+
+
+def test_a_database_that_fails_loses_nothing_silently(client: TestClient) -> None:
+    """A full disk: the sender is told which message, nobody sees it, and later it works."""
+    storage = app.state.storage
+    (pages,) = storage.db.execute("PRAGMA page_count").fetchone()
+    with chat(client) as conversation:
+        conversation.nothing_came()
+        storage.db.execute(f"PRAGMA max_page_count = {pages}")
+        filler = "x" * 4000
+        for n in range(10):
+            conversation.say(filler, f"m{n}")
+        events = [conversation.next() for _ in range(10)]
+        refused = [event for event in events if event["type"] == "error"]
+        assert refused
+        assert {event["code"] for event in refused} == {"unavailable"}
+        assert (
+            client.post(
+                "/rooms/lobby/messages", json={"text": filler}, headers=bearer()
+            ).status_code
+            == 503
+        )
+        storage.db.execute("PRAGMA max_page_count = 1000000")
+        conversation.say(filler, refused[0]["mid"])
+        assert conversation.next()["mid"] == refused[0]["mid"]
+    page = client.get("/rooms/lobby/messages", headers=bearer()).json()
+    assert len(page["messages"]) == 10 - len(refused) + 1
+
+
+def test_a_second_process_on_the_same_database_is_refused(serve: Callable[..., Server]) -> None:
+    server = serve()
+    ended = run_app(CHAT_PORT="0")
+    assert ended.returncode == 1
+    assert re.fullmatch(r"Lobby cannot start: CHAT_DB=.*: another process.*\n", ended.stderr)
+    assert server.request("/healthz")["status"] == "ok"
+
+
+def test_a_page_is_read_from_an_index(client: TestClient) -> None:
+    """Only the rows shown are read, however many a room has."""
+    statements: list[str] = []
+    storage = app.state.storage
+    storage.db.set_trace_callback(statements.append)
+    client.get("/rooms/lobby/messages", headers=bearer())
+    client.get("/rooms", headers=bearer())
+    storage.db.set_trace_callback(None)
+    for statement in statements[1::2]:  # each follows the look-up of the token's bearer
+        plan = str(storage.db.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall())
+        assert "SEARCH messages USING" in plan
+        assert "SCAN messages" not in plan.replace("SCAN messages USING COVERING", "")
+        assert "TEMP B-TREE" not in plan
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_database_and_secret_are_readable_by_their_owner_only(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "new.db")
+    storage.close()
+    lobby.kept_secret(tmp_path / "new.db")
+    for name in ("new.db", "new.db.secret"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+
+
+def test_the_secret_is_kept_and_a_set_one_is_used(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TestClient(app):
+        old = bearer()
+    with TestClient(app) as client:
+        assert client.get("/me", headers=old).status_code == 200
+    monkeypatch.setenv("CHAT_SECRET", "s" * 32)
+    with TestClient(app) as client:
+        assert client.get("/me", headers=old).status_code == 401
+
+
+def test_a_short_secret_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat.db.secret").write_text("short")
+    with pytest.raises(StartError, match="CHAT_SECRET"):
+        lobby.kept_secret(tmp_path / "chat.db")
+
+
+# -- 3. The application --------------------------------------------------------------------
+
+
+def test_importing_the_file_opens_nothing(tmp_path: Path) -> None:
+    program = "import os, threading, app; print(os.listdir(), threading.active_count())"
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    del environment["CHAT_DB"]
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert ended.stdout.strip() == b"[] 1"
+
+
+@pytest.mark.parametrize("path", ["/items/5", "/items/no", "/nowhere", "/", "/healthz"])
+def test_every_response_carries_the_headers(client: TestClient, path: str) -> None:
+    headers = client.get(path).headers
+    assert headers["X-Custom-Header"] == "Custom Value"
+    assert re.fullmatch(r"[0-9a-f]{16}", headers["X-Request-ID"])
+    assert 0 <= float(headers["X-Process-Time"]) < 60
+
+
+def test_a_sane_request_id_is_taken_over_and_another_replaced(client: TestClient) -> None:
+    answer = client.get("/inspect", headers={"X-Request-ID": "abc-123"})
+    assert answer.headers["X-Request-ID"] == "abc-123"
+    assert answer.json()["state"] == {"request_id": "abc-123"}
+    for insane in ("", "a b", "x" * 129, "é".encode()):
+        answer = client.get("/inspect", headers={"X-Request-ID": insane})
+        assert re.fullmatch(r"[0-9a-f]{16}", answer.headers["X-Request-ID"])
+
+
+def test_a_bug_is_logged_and_answered_and_harms_nobody_else(
+    client: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.state, "sessions", None)
+    with chat(client) as conversation:
+        answer = client.post("/create-session")
+        assert (answer.status_code, answer.json()) == (500, {"detail": "Internal Server Error"})
+        assert answer.headers["X-Custom-Header"] == "Custom Value"
+        with pytest.raises(WebSocketDisconnect) as closed, client.websocket_connect("/ws/x"):
+            pass
+        assert closed.value.code == 1011
+        conversation.nothing_came()
+    assert "AttributeError" in caplog.text
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("path", ["/submit", "/http-endpoint", "/body/form", "/login", "/inspect"])
+def test_a_body_over_one_mebibyte_is_refused(client: TestClient, path: str, chunked: bool) -> None:
+    body = b'"' + b"x" * 2**21 + b'"'
+    kind = "multipart/form-data; boundary=b" if path == "/body/form" else "application/json"
+    content = iter([body]) if chunked else body
+    answer = client.post(path, content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 413
+    assert "1,048,576" in answer.json()["detail"]
+
+
+def test_two_mebibytes_in_chunks_are_refused_by_the_server(serve: Callable[..., Server]) -> None:
+    server = serve()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("POST", "/http-endpoint", (b"x" * 2**16 for _ in range(32)))
+    assert connection.getresponse().status == 413
+    assert server.request("/healthz")["status"] == "ok"
+
+
+# -- 4. Looking at a request ---------------------------------------------------------------
+
+
+def test_items(client: TestClient) -> None:
+    assert client.get("/items/5").json() == {"item_id": 5, "client_host": "testclient"}
+    assert client.get("/items/five").status_code == 422
+    assert client.get("/items/").json() == {"client_host": "testclient", "q": None}
+    assert client.get("/items/?q=tea").json() == {"client_host": "testclient", "q": "tea"}
+
+
+def test_user_agent(client: TestClient) -> None:
+    answer = client.get("/user-agent", headers={"User-Agent": "teapot/1"})
+    assert answer.json() == {"user_agent": "teapot/1"}
+
+
+def test_submit_shows_the_request(client: TestClient) -> None:
+    answer = client.post(
+        "/submit?a=1&b=2&b=3",
+        json={"x": [1]},
+        headers={"User-Agent": "teapot/1", "Cookie": "flavour=plain"},
+    )
+    assert answer.json() == {
+        "method": "POST",
+        "url": "http://testserver/submit?a=1&b=2&b=3",
+        "user_agent": "teapot/1",
+        "query_params": {"a": "1", "b": ["2", "3"]},
+        "cookies": {"flavour": "plain"},
+        "data": {"x": [1]},
+    }
+    assert client.post("/submit", content="no JSON").json()["data"] is None
+
+
+# What json.loads lets through, or fails on in its own ways; none of it can be answered as JSON.
+HOSTILE_JSON = [
+    b"",
+    b"{",
+    b"NaN",
+    b"1e999",
+    b"[Infinity]",
+    b'"\\ud800"',
+    b"\xff",
+    b"9" * 5000,
+    b"[" * 100_000 + b"]" * 100_000,
+]
+
+
+@pytest.mark.parametrize("body", HOSTILE_JSON)
+def test_what_is_no_json_is_refused_and_breaks_nothing(client: TestClient, body: bytes) -> None:
+    for path in ("/http-endpoint", "/body/json"):
+        answer = client.post(path, content=body)
+        assert answer.status_code == 400
+        assert "no JSON" in answer.json()["detail"]
+    assert client.post("/submit", content=body).json()["data"] is None
+    assert client.post("/inspect", content=body).json()["json"] is None
+    assert client.post("/body/twice", content=body).status_code == 200
+    headers = {"Content-Type": "application/json"}
+    assert client.post("/login", content=body, headers=headers).status_code in (400, 422)
+    with client.websocket_connect("/ws/json") as websocket:
+        websocket.send_text(body.decode("latin-1"))
+        assert "error" in websocket.receive_json()
+        websocket.send_text("1")
+        assert websocket.receive_json() == {"received": 1}
+
+
+def test_http_endpoint_answers_any_json(client: TestClient) -> None:
+    for value in ({"a": 1}, [1, 2], "text", None, 10**30):
+        assert client.post("/http-endpoint", content=json.dumps(value)).json() == {
+            "received_data": value
+        }
+
+
+def test_inspect_loses_nothing(client: TestClient) -> None:
+    request = client.build_request(
+        "PURGE", "http://testserver:81/inspect/a/b?x=1&x=2", content="tea"
+    )
+    request.headers = type(request.headers)(
+        [("Host", "testserver:81"), ("X-Twice", "1"), ("Cookie", "a=b"), ("X-Twice", "2")]
+        + [("Content-Length", "3")]
+    )
+    seen = client.send(request).json()
+    assert seen["method"] == "PURGE"
+    assert seen["url"] == {
+        "full": "http://testserver:81/inspect/a/b?x=1&x=2",
+        "scheme": "http",
+        "host": "testserver",
+        "port": 81,
+        "path": "/inspect/a/b",
+        "query": "x=1&x=2",
+    }
+    assert seen["base_url"] == "http://testserver:81/"
+    assert seen["http_version"] == "1.1"
+    assert seen["client"] == {"host": "testclient", "port": 50000}
+    assert seen["path_params"] == {"path": "a/b"}
+    assert seen["query_params"] == {"x": ["1", "2"]}
+    names = ["host", "x-twice", "cookie", "x-twice", "content-length"]
+    assert [name for name, _ in seen["headers"]] == names
+    assert seen["cookies"] == {"a": "b"}
+    assert seen["body"] == {"size": 3, "sha256": hashlib.sha256(b"tea").hexdigest(), "text": "tea"}
+    assert (seen["json"], seen["form"], seen["files"]) == (None, {}, [])
+
+
+def test_inspect_shows_bytes_that_are_no_text(client: TestClient) -> None:
+    body = client.post("/inspect", content=b"\xff\x00").json()["body"]
+    assert base64.b64decode(body["base64"]) == b"\xff\x00"
+    assert "text" not in body
+
+
+FILE = {"f": ("tea.txt", b"green", "text/plain")}
+FILE_SEEN = {
+    "field": "f",
+    "filename": "tea.txt",
+    "content_type": "text/plain",
+    "size": 5,
+    "sha256": hashlib.sha256(b"green").hexdigest(),
+}
+
+
+def test_forms_are_read_with_repeated_fields_and_files(client: TestClient) -> None:
+    fields = {"a": ["1", "2"], "b": ["3"]}
+    assert client.post("/body/form", data=fields).json() == {"fields": fields, "files": []}
+    expected = {"fields": fields, "files": [FILE_SEEN]}
+    assert client.post("/body/form", data=fields, files=FILE).json() == expected
+    seen = client.post("/inspect", data=fields, files=FILE).json()
+    assert (seen["form"], seen["files"]) == (fields, [FILE_SEEN])
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "status"),
+    [
+        ("application/json", b"{}", 415),
+        ("multipart/form-data", b"no boundary", 400),
+        ("multipart/form-data; boundary=b", b"no such boundary", 400),
+        ("application/x-www-form-urlencoded", b"&".join([b"a=1"] * 2000), 400),
+    ],
+)
+def test_what_is_no_form_is_refused(
+    client: TestClient, content_type: str, body: bytes, status: int
+) -> None:
+    answer = client.post("/body/form", content=body, headers={"Content-Type": content_type})
+    assert answer.status_code == status
+    assert answer.json()["detail"]
+
+
+def test_a_field_that_decodes_to_half_a_character_is_answered(client: TestClient) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n+2AA-\r\n--b--\r\n'
+    kind = "multipart/form-data; boundary=b; charset=utf-7"
+    for path in ("/inspect", "/body/form"):
+        answer = client.post(path, content=body, headers={"Content-Type": kind})
+        assert answer.status_code == 400
+        assert "UTF-8" in answer.json()["detail"]
+
+
+def test_a_raw_body_may_have_16_mebibytes(client: TestClient) -> None:
+    body = b"x" * 2**21
+    answer = client.post("/body/raw", content=body).json()
+    assert answer == {"size": 2**21, "sha256": hashlib.sha256(body).hexdigest()}
+    assert client.post("/body/raw", content=b"x" * (2**24 + 1)).status_code == 413
+
+
+def test_a_streamed_body_is_read_in_chunks(serve: Callable[..., Server]) -> None:
+    server = serve()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("POST", "/body/stream", (b"x" * 2**20 for _ in range(20)))
+    answer = json.load(connection.getresponse())
+    assert answer["size"] == 20 * 2**20
+    assert answer["sha256"] == hashlib.sha256(b"x" * 20 * 2**20).hexdigest()
+    assert answer["chunks"] >= 20
+
+
+def test_a_body_read_twice(client: TestClient) -> None:
+    reads = client.post("/body/twice", data={"a": "1"}).json()["reads"]
+    works = {(read["first"], read["second"]): read["works"] for read in reads}
+    assert works["body", "body"] and works["body", "form"] and works["body", "stream"]
+    assert works["form", "form"]
+    for pair in (("stream", "stream"), ("stream", "body"), ("form", "body")):
+        assert not works[pair]
+    error = next(read["error"] for read in reads if read["first"] == "stream")
+    assert error == "RuntimeError: Stream consumed"
+
+
+# -- 5. Talking over a socket --------------------------------------------------------------
+
+
+def test_ws_endpoint_answers_once(client: TestClient) -> None:
+    with client.websocket_connect("/ws-endpoint") as websocket:
+        websocket.send_text("hi")
+        assert websocket.receive_text() == "Message text was: hi"
+        with pytest.raises(WebSocketDisconnect) as closed:
+            websocket.receive_text()
+        assert closed.value.code == 1000
+
+
+def test_ws_echoes_texts_and_bytes(client: TestClient) -> None:
+    with client.websocket_connect("/ws") as websocket:
+        for text in ("hi", "", "你好"):
+            websocket.send_text(text)
+            assert websocket.receive_text() == f"Message text was: {text}"
+        websocket.send_bytes(b"\x00\xff")
+        assert websocket.receive_bytes() == b"\x00\xff"
+
+
+def test_ws_inspect_shows_the_handshake_and_each_frame(client: TestClient) -> None:
+    with client.websocket_connect("/ws/inspect?a=1&a=2", subprotocols=["x", "y"]) as websocket:
+        handshake = websocket.receive_json()
+        assert handshake["url"]["scheme"] == "ws"
+        assert handshake["query_params"] == {"a": ["1", "2"]}
+        assert handshake["subprotocols"] == ["x", "y"]
+        websocket.send_text("é")
+        shown = websocket.receive_json()
+        assert (shown["kind"], shown["size"], shown["text"]) == ("text", 2, "é")
+        websocket.send_bytes(b"\xff")
+        shown = websocket.receive_json()
+        assert (shown["kind"], shown["size"], shown["base64"]) == ("bytes", 1, "/w==")
+
+
+@pytest.mark.parametrize("path", ["/ws-endpoint", "/ws/json", "/ws/protected", "/ws/chat"])
+def test_a_binary_frame_on_a_text_socket_closes_it(client: TestClient, path: str) -> None:
+    with client.websocket_connect(f"{path}?token={token()}") as websocket:
+        websocket.send_bytes(b"x")
+        with pytest.raises(WebSocketDisconnect) as closed:
+            while True:
+                websocket.receive_text()
+        assert closed.value.code == 1003
+
+
+def test_a_frame_over_64_kib_closes_the_socket(serve: Callable[..., Server]) -> None:
+    server = serve()
+    with server.connect("/ws") as websocket:
+        websocket.send("x" * 2**16)
+        assert len(websocket.recv(timeout=20)) > 2**16
+        with pytest.raises(ConnectionClosed) as closed:
+            websocket.send("x" * (2**16 + 1))
+            websocket.recv(timeout=20)
+        assert closed.value.rcvd and closed.value.rcvd.code == 1009
+
+
+# -- 6. Sessions ---------------------------------------------------------------------------
+
+
+def new_session(client: TestClient) -> str:
+    return str(client.post("/create-session", headers={"User-Agent": "a"}).json()["session_id"])
+
+
+def test_a_session_remembers_who_asked_and_counts_its_sockets(client: TestClient) -> None:
+    id = new_session(client)
+    with client.websocket_connect(f"/ws/{id}"):
+        shown = client.get(f"/session/{id}").json()
+    assert shown.pop("created_at") == pytest.approx(time.time(), abs=60)
+    assert shown == {
+        "session_id": id,
+        "client_host": "testclient",
+        "user_agent": "a",
+        "expires_in": 3600,
+        "sockets": 1,
+    }
+    assert client.get("/session/nope").status_code == 404
+
+
+def test_a_text_reaches_every_socket_of_its_session_only(client: TestClient) -> None:
+    id, other = new_session(client), new_session(client)
+    with (
+        client.websocket_connect(f"/ws/{id}") as one,
+        client.websocket_connect(f"/ws/{id}") as two,
+        client.websocket_connect(f"/ws/{other}") as stranger,
+    ):
+        one.send_text("hi")
+        assert one.receive_text() == two.receive_text() == f"Session {id}: hi"
+        stranger.send_text("alone")
+        assert stranger.receive_text() == f"Session {other}: alone"
+
+
+def refused(client: TestClient, path: str, **options: Any) -> tuple[int, str]:
+    """Code and reason of a socket that is accepted and then closed."""
+    with client.websocket_connect(path, **options) as websocket:
+        with pytest.raises(WebSocketDisconnect) as closed:
+            websocket.receive_text()
+    return closed.value.code, closed.value.reason
+
+
+def test_an_unknown_or_expired_session_is_closed(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refused(client, "/ws/nope") == (1008, "Unknown session")
+    id = new_session(client)
+    app.state.sessions[id].used_at -= 3601
+    assert refused(client, f"/ws/{id}") == (1008, "Unknown session")
+
+
+def test_an_open_socket_keeps_its_session(client: TestClient) -> None:
+    id = new_session(client)
+    with client.websocket_connect(f"/ws/{id}"):
+        app.state.sessions[id].used_at -= 3601
+        assert client.get(f"/session/{id}").json()["expires_in"] == 3600
+    assert client.get(f"/session/{id}").status_code == 200
+
+
+def test_the_number_of_sessions_is_bounded(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby, "MAX_SESSIONS", 2)
+    used, unused = new_session(client), new_session(client)
+    with client.websocket_connect(f"/ws/{used}"):
+        newest = new_session(client)
+        assert client.get(f"/session/{unused}").status_code == 404
+        assert client.get(f"/session/{used}").status_code == 200
+        with client.websocket_connect(f"/ws/{newest}"):
+            assert client.post("/create-session").status_code == 503
+
+
+def test_a_reader_that_stalls_in_a_session_delays_nobody(serve: Callable[..., Server]) -> None:
+    server = serve()
+    id = server.request("/create-session", {})["session_id"]
+    stalled = server.connect(f"/ws/{id}", max_queue=1)
+    with server.connect(f"/ws/{id}") as one:
+        for n in range(300):
+            one.send(f"{n} " + "x" * 60_000)
+            assert str(one.recv(timeout=20)).startswith(f"Session {id}: {n} ")
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            stalled.recv(timeout=20)
+    assert closed.value.rcvd and closed.value.rcvd.code == 1013
+
+
+# -- 7. Knowing a user ---------------------------------------------------------------------
+
+
+def test_the_demo_people_can_log_in(client: TestClient) -> None:
+    for name, password in PASSWORDS.items():
+        answer = client.post("/login", json={"username": name, "password": password})
+        assert answer.json().keys() == {"access_token", "token_type", "expires_in"}
+        assert (answer.json()["token_type"], answer.json()["expires_in"]) == ("bearer", 3600)
+        me = client.get(
+            "/me", headers={"Authorization": f"Bearer {answer.json()['access_token']}"}
+        ).json()
+        assert me == {"username": name, "role": "admin" if name == "admin" else "member"}
+
+
+def test_a_log_in_by_form_gives_a_token_too(client: TestClient) -> None:
+    answer = client.post("/token", data={"username": "USER1", "password": "password1"})
+    claims = jwt.decode(answer.json()["access_token"], options={"verify_signature": False})
+    assert claims.keys() == {"sub", "iat", "exp", "jti"}
+    assert claims["sub"] == "user1"
+
+
+@pytest.mark.parametrize("name", ["user1", "nobody", "", "user1 ", "x" * 10_000])
+def test_a_wrong_password_is_refused_whoever_is_named(client: TestClient, name: str) -> None:
+    answer = client.post("/login", json={"username": name, "password": "wrong"})
+    assert (answer.status_code, answer.json()) == (401, {"detail": "Bad username or password"})
+
+
+def test_hashing_runs_in_its_own_few_threads(client: TestClient) -> None:
+    held = threading.Event()
+    for _ in range(2):
+        lobby.password_threads.submit(held.wait)
+    answers = []
+    body = {"username": "user1", "password": "password1"}
+    waiting = threading.Thread(target=lambda: answers.append(client.post("/login", json=body)))
+    waiting.start()
+    assert client.get("/items/5").status_code == 200  # the loop is free
+    assert not answers
+    held.set()
+    waiting.join()
+    assert answers[0].status_code == 200
+
+
+def test_whoever_registers_can_log_in(client: TestClient) -> None:
+    body = {"username": "Zoë", "password": "correct horse"}
+    answer = client.post("/register", json=body)
+    assert (answer.status_code, answer.json()) == (201, {"username": "Zoë", "role": "member"})
+    assert client.post("/login", json=body).status_code == 200
+    for same in ("zoë", "ZOË", "Zoe\u0308"):
+        assert client.post("/register", json=body | {"username": same}).status_code == 409
+    with closing(sqlite3.connect(os.environ["CHAT_DB"])) as db:
+        assert "correct horse" not in "\n".join(db.iterdump())
+
+
+def test_without_demo_people_the_first_to_register_is_the_admin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CHAT_DEMO_USERS", "0")
+    with TestClient(app) as client:
+        roles = [
+            client.post("/register", json={"username": name, "password": "longenough"}).json()
+            for name in ("first", "second")
+        ]
+    assert [person["role"] for person in roles] == ["admin", "member"]
+
+
+@pytest.mark.parametrize("name", ["a", "x" * 32, "你好", "नमस्ते", "Łódź-1_2", "ﬁnn"])
+def test_names_of_any_script_are_good(name: str) -> None:
+    assert lobby.clean_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "x" * 33, "a b", "a.b", "@a", "a+b", "a\n", "<b>", "\u0301a", "a\u200b", "a\ufe0f", "😀", "a\u202eb"],
+)  # fmt: skip
+def test_other_names_are_refused(client: TestClient, name: str) -> None:
+    answer = client.post("/register", json={"username": name, "password": "longenough"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["body", "username"]
+
+
+@pytest.mark.parametrize("password", ["1234567", "x" * 129, 12345678, None, "\ud800" * 8])
+def test_a_bad_password_is_refused_and_not_repeated(client: TestClient, password: Any) -> None:
+    content = json.dumps({"username": "new", "password": password})
+    headers = {"Content-Type": "application/json"}
+    answer = client.post("/register", content=content, headers=headers)
+    assert answer.status_code == 422
+    assert "input" not in answer.text
+
+
+def forge(**changes: Any) -> str:
+    """A token that is right but for these claims (None: left out)."""
+    now = time.time()
+    claims = {"sub": "user1", "iat": now, "exp": now + 60, "jti": "j"} | changes
+    good = {name: value for name, value in claims.items() if value is not None}
+    return jwt.encode(good, app.state.tokens.secret, algorithm="HS256")
+
+
+BAD_TOKENS: list[tuple[Callable[[], str], str]] = [
+    (lambda: "", "No token provided"),
+    (lambda: "nonsense", "Invalid token"),
+    (lambda: "é", "Invalid token"),
+    (lambda: token()[:-4], "Invalid token"),
+    (lambda: jwt.encode({"sub": "user1"}, "x" * 32), "Invalid token"),
+    (lambda: jwt.encode({"sub": "user1", "exp": 9e9, "iat": 0, "jti": "j"}, None, "none"),
+     "Invalid token"),
+    (lambda: forge(exp=None), "Invalid token"),
+    (lambda: forge(jti=None), "Invalid token"),
+    (lambda: forge(iat=None), "Invalid token"),
+    (lambda: forge(sub=None), "Invalid token"),
+    (lambda: forge(sub=1), "Invalid token"),
+    (lambda: forge(sub="nobody"), "Invalid token"),
+    (lambda: forge(sub="\ud800"), "Invalid token"),
+    (lambda: forge(exp=time.time() - 1), "Token expired"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "reason"), BAD_TOKENS)
+def test_a_bad_token_is_refused_with_its_reason(
+    client: TestClient, make: Callable[[], str], reason: str
+) -> None:
+    bad = make()
+    answer = client.get("/me", headers={"Authorization": f"Bearer {bad}".encode()})
+    assert (answer.status_code, answer.json()) == (401, {"detail": f"Unauthorized: {reason}"})
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    for path in ("/ws/protected", "/ws/chat"):
+        assert refused(client, f"{path}?token={bad}") == (1008, f"Unauthorized: {reason}")
+
+
+def test_after_logout_the_token_is_refused_and_its_sockets_close(client: TestClient) -> None:
+    mine, other = token(), token()
+    headers = {"Authorization": f"Bearer {mine}"}
+    with client.websocket_connect(f"/ws/chat?token={mine}") as websocket:
+        assert websocket.receive_text() == "user1 joined the chat!"
+        with client.websocket_connect(f"/ws/chat?token={other}") as stays:
+            assert client.post("/logout", headers=headers).status_code == 204
+            with pytest.raises(WebSocketDisconnect) as closed:
+                websocket.receive_text()
+            assert (closed.value.code, closed.value.reason) == (1008, "Unauthorized: Logged out")
+            stays.send_text("still here")
+            assert stays.receive_text() == "user1: still here"
+    refusal = {"detail": "Unauthorized: Logged out"}
+    assert client.get("/me", headers=headers).json() == refusal
+
+
+def test_a_logout_outlasts_a_restart(database: Path) -> None:
+    with TestClient(app) as client:
+        headers = bearer()
+        client.post("/logout", headers=headers)
+    with TestClient(app) as client:
+        assert client.get("/me", headers=headers).status_code == 401
+
+
+def test_a_socket_closes_when_its_token_expires(client: TestClient) -> None:
+    short = forge(exp=int(time.time()) + 2)
+    with client.websocket_connect(f"/ws/chat?token={short}") as websocket:
+        assert websocket.receive_text() == "user1 joined the chat!"
+        with pytest.raises(WebSocketDisconnect) as closed:
+            websocket.receive_text()
+    assert (closed.value.code, closed.value.reason) == (1008, "Unauthorized: Token expired")
+
+
+def test_the_protected_socket_greets_and_echoes(client: TestClient) -> None:
+    with client.websocket_connect("/ws/protected", headers=bearer("user2")) as websocket:
+        assert websocket.receive_text() == "Hello user2, you are authenticated!"
+        websocket.send_text("hi")
+        assert websocket.receive_text() == "user2 says: hi"
+
+
+def test_a_page_of_another_site_may_not_open_a_socket(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"/ws/protected?token={token()}"
+    with pytest.raises(WebSocketDisconnect) as denied:
+        client.websocket_connect(url, headers={"Origin": "https://evil.example"}).__enter__()
+    assert getattr(denied.value, "status_code", None) == 403
+    with client.websocket_connect(url, headers={"Origin": "http://testserver"}):
+        pass
+    monkeypatch.setattr(app.state, "settings", Settings(origins=frozenset({"https://ok.example"})))
+    with client.websocket_connect(url, headers={"Origin": "https://ok.example"}):
+        pass
+
+
+def test_refusals_are_seen_on_the_wire(serve: Callable[..., Server]) -> None:
+    server = serve()
+    for protocols in (None, ["lobby.v1"]):
+        with server.connect("/ws/chat", subprotocols=protocols) as websocket:
+            with pytest.raises(ConnectionClosed) as closed:
+                websocket.recv(timeout=20)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008
+        assert closed.value.rcvd.reason == "Unauthorized: No token provided"
+    with pytest.raises(InvalidStatus) as denied:
+        server.connect("/ws/chat", origin="https://evil.example")
+    assert denied.value.response.status_code == 403
+
+
+# -- 8. Rooms ------------------------------------------------------------------------------
+
+
+def message(id: int, text: str = "hi") -> dict[str, Any]:
+    return {"type": "message", "id": id, "room": "lobby", "user": "a", "text": text}
+
+
+def test_a_batch_is_encoded_once_for_all_its_readers() -> None:
+    encodings: list[int] = []
+
+    def encode(events: Any) -> list[str]:
+        encodings.append(len(events))
+        return ["frame"]
+
+    room = lobby.Room("lobby")
+    room.append([message(1), message(2)])
+    for _ in range(100):
+        (batch,) = room.since(0)
+        assert batch.frames(encode) == ["frame"]
+    assert encodings == [2]
+
+
+def test_a_late_client_gets_all_it_missed_as_one_frame(client: TestClient) -> None:
+    held = threading.Event()
+    with chat(client) as conversation, chat(client, "user2") as late:
+        late.nothing_came()
+        app.state.storage.thread.submit(held.wait)
+        for n in range(50):
+            conversation.say(f"{n}", f"m{n}")
+        conversation.send("nonsense")
+        assert conversation.next("error")
+        held.set()
+        assert [late.next("message")["text"] for _ in range(50)] == [str(n) for n in range(50)]
+        assert not late.events
+
+
+def test_a_log_keeps_a_window_and_says_what_it_forgot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lobby, "WINDOW", 10)
+    room = lobby.Room("lobby")
+    for id in range(1, 26):
+        room.append([message(id)])
+    assert (len(room.batches), room.end, len(room.messages)) == (10, 25, 10)
+    assert len(room.since(15)) == 10
+    with pytest.raises(LookupError):
+        room.since(14)
+    assert room.history(after=15)["complete"]
+    assert [event["id"] for event in room.history(after=20)["messages"]] == [21, 22, 23, 24, 25]
+    assert not room.history(after=14)["complete"]
+
+
+def test_notices_push_no_message_out_of_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lobby, "WINDOW", 10)
+    room = lobby.Room("lobby")
+    room.append([message(1)])
+    for _ in range(100):
+        room.append([{"type": "joined", "room": "lobby", "user": "a"}])
+    assert len(room.batches) == 10
+    assert [event["id"] for event in room.history(after=0)["messages"]] == [1]
+
+
+def test_a_person_joins_and_leaves_once_however_many_sockets(client: TestClient) -> None:
+    with chat(client, "user2") as watcher:
+        with chat(client) as _:
+            assert watcher.next()["type"] == "joined"
+            with chat(client) as second:
+                second.say("two tabs", "m1")
+                assert watcher.next()["text"] == "two tabs"
+        assert watcher.next() == {"type": "left", "room": "lobby", "user": "user1"}
+
+
+def test_a_leaver_is_said_to_leave_after_their_last_message(client: TestClient) -> None:
+    held = threading.Event()
+    with chat(client, "user2") as watcher:
+        with chat(client) as conversation:
+            assert watcher.next()["type"] == "joined"
+            conversation.nothing_came()
+            app.state.storage.thread.submit(held.wait)
+            conversation.say("last words", "m1")
+            conversation.nothing_came()
+        held.set()
+        assert [watcher.next()["type"] for _ in range(2)] == ["message", "left"]
+
+
+def test_a_room_is_freed_when_its_last_follower_leaves(client: TestClient) -> None:
+    with chat(client, query="room=tea") as conversation:
+        assert set(app.state.manager.rooms) == {"tea"}
+        conversation.send("leave", room="tea")
+        conversation.nothing_came()
+        assert not app.state.manager.rooms
+    assert client.get("/healthz").json() == {"status": "ok", "online": 0, "rooms": 0}
+
+
+def test_all_followers_see_one_order(client: TestClient) -> None:
+    with chat(client) as one, chat(client, "user2") as two:
+        for n in range(50):
+            one.say(f"one {n}", f"a{n}")
+            two.say(f"two {n}", f"b{n}")
+        seen_by_one = [one.next("message")["id"] for _ in range(100)]
+        seen_by_two = [two.next("message")["id"] for _ in range(100)]
+    assert seen_by_one == seen_by_two == sorted(seen_by_one)
+
+
+def test_a_sender_is_limited_and_told_when_to_go_on(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAT_RATE", "0.1")
+    with TestClient(app) as client, chat(client) as conversation:
+        conversation.say("one", "m1")
+        assert conversation.next()["type"] == "message"
+        conversation.say("two", "m2")
+        error = conversation.next()
+        assert (error["code"], error["mid"]) == ("rate_limited", "m2")
+        assert 9 < error["retry_after"] <= 10
+        answer = client.post("/rooms/lobby/messages", json={"text": "x"}, headers=bearer())
+        assert answer.status_code == 429
+        assert answer.headers["Retry-After"] == "10"
+        with chat(client, "user2") as other:
+            other.say("not me", "m1")
+            assert other.next("message")["text"] == "not me"
+
+
+def test_a_burst_of_three_seconds_worth_is_let_through() -> None:
+    limit = lobby.RateLimit(Settings().rate)
+    assert [bool(limit.wait("a")) for _ in range(31)] == [False] * 30 + [True]
+    assert not any(lobby.RateLimit(0).wait("a") for _ in range(1000))
+
+
+def test_the_sockets_of_one_person_are_limited(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAT_SOCKETS_PER_USER", "1")
+    with TestClient(app) as client, chat(client), chat(client, "user2"):
+        assert refused(client, f"/ws/chat?token={token()}") == (1013, "Too many sockets")
+
+
+def test_one_who_reads_no_answers_is_closed(client: TestClient) -> None:
+    """65,000 mistakes in one frame: what they cost is bounded."""
+    with chat(client) as conversation, chat(client, "user2") as other:
+        conversation.send_text("\n" * 65_000)
+        with pytest.raises(WebSocketDisconnect) as closed:
+            while True:
+                conversation.next()
+        assert closed.value.code == 1013
+        other.next("left")
+
+
+# -- 9. The chat ---------------------------------------------------------------------------
+
+
+def test_welcome_history_presence_and_joined_come_first(client: TestClient) -> None:
+    client.post("/rooms/lobby/messages", json={"text": "before"}, headers=bearer("user2"))
+    with chat(client, quiet=False) as conversation:
+        welcome, history, presence, joined = (conversation.next() for _ in range(4))
+    assert welcome.pop("expires_at") == pytest.approx(time.time() + 3600, abs=60)
+    assert welcome == {
+        "type": "welcome",
+        "user": "user1",
+        "role": "member",
+        "epoch": app.state.storage.epoch,
+        "rooms": [],
+    }
+    assert [event["text"] for event in history.pop("messages")] == ["before"]
+    assert history == {"type": "history", "room": "lobby", "more": False, "complete": True}
+    assert presence == {"type": "presence", "room": "lobby", "users": ["user1"]}
+    assert joined == {"type": "joined", "room": "lobby", "user": "user1"}
+
+
+def test_a_message_reaches_everybody_in_the_room(client: TestClient) -> None:
+    with chat(client) as one, chat(client, "user2") as two:
+        one.say(" Cafe\u0301\r\n你好 😀 ", "m1")
+        mine, theirs = one.next("message"), two.next("message")
+        assert mine == theirs
+        assert mine.pop("at") == pytest.approx(time.time(), abs=60)
+        assert mine == {
+            "type": "message",
+            "id": mine["id"],
+            "room": "lobby",
+            "user": "user1",
+            "text": "Café\n你好 😀",
+            "mid": "m1",
+        }
+
+
+def test_one_socket_follows_many_rooms(client: TestClient) -> None:
+    with chat(client) as conversation:
+        conversation.send("join", room="tea")
+        assert [conversation.next()["type"] for _ in range(3)] == ["history", "presence", "joined"]
+        conversation.say("in tea", "m1", room="tea")
+        assert conversation.next()["room"] == "tea"
+        conversation.say("in lobby", "m2")
+        assert conversation.next()["room"] == "lobby"
+        conversation.send("leave", room="tea")
+        conversation.say("seen though I left", "m3", room="tea")
+        assert conversation.next()["mid"] == "m3"
+        with chat(client, "user2", "room=tea") as other:
+            other.say("not followed", "m1", room="tea")
+            other.next("message")
+            conversation.nothing_came()
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        ("nonsense", "invalid"),
+        ("[]", "invalid"),
+        ("{}", "invalid"),
+        ('{"type":"dance"}', "invalid"),
+        ('{"type":"message","room":"lobby","text":"no mid"}', "invalid"),
+        ('{"type":"message","room":"lobby","text":7,"mid":"m"}', "invalid"),
+        ('{"type":"message","room":"lobby","text":"x","mid":""}', "invalid"),
+        ('{"type":"message","room":"lobby","text":"x","mid":"%s"}' % ("m" * 65), "invalid"),
+        ('{"type":"message","room":"lobby","text":" \\n ","mid":"m"}', "invalid"),
+        ('{"type":"message","room":"lobby","text":"a\\u0000b","mid":"m"}', "invalid"),
+        ('{"type":"message","room":"lobby","text":"a\\rb","mid":"m"}', "invalid"),
+        ('{"type":"message","room":"lobby","text":"a\\u202eb","mid":"m"}', "invalid"),
+        ('{"type":"message","room":"lobby","text":"a\\ud800b","mid":"m"}', "invalid"),
+        ('{"type":"message","room":"lobby","text":"%s","mid":"m"}' % ("x" * 4001), "too_long"),
+        ('{"type":"message","room":"no such room","text":"x","mid":"m"}', "unknown_room"),
+        ('{"type":"join","room":"@a+b"}', "unknown_room"),
+        ('{"type":"join","room":"tea","after":-1}', "invalid"),
+        ('{"type":"join","room":"tea","after":99999999999999999999}', "invalid"),
+        ('{"type":"history","room":"lobby","limit":201}', "invalid"),
+        ("[" * 60_000, "invalid"),
+    ],
+)
+def test_bad_input_is_answered_and_nobody_else_notices(
+    client: TestClient, frame: str, code: str
+) -> None:
+    with chat(client) as conversation, chat(client, "user2") as other:
+        conversation.next("joined")
+        conversation.send_text(frame)
+        error = conversation.next()
+        assert (error["type"], error["code"]) == ("error", code)
+        if '"mid":"m"' in frame and "ud800" not in frame:
+            assert error["mid"] == "m"
+        conversation.say("x" * 4000, "good")
+        assert other.next()["mid"] == "good"
+
+
+def test_text_of_the_greatest_length_fits_a_frame(serve: Callable[..., Server]) -> None:
+    server = serve()
+    conversation = server.chat(server.token())
+    conversation.say("😀" * 4000, "m1")  # as JSON escapes: 48,000 bytes
+    assert conversation.next("message")["text"] == "😀" * 4000
+
+
+def test_a_resend_is_answered_to_its_sender_only_with_the_original(client: TestClient) -> None:
+    with chat(client) as one, chat(client, "user2") as two:
+        one.next("joined")
+        one.say("hello", "m1")
+        original = one.next()
+        assert two.next() == original
+        one.say("hello again", "m1")
+        assert one.next() == original
+        two.nothing_came()
+        two.say("the same mid, another person", "m1")
+        assert two.next()["id"] == one.next()["id"] > original["id"]
+
+
+def test_resending_everything_stores_nothing_twice(database: Path) -> None:
+    """Twice in one batch, again later, and again after a restart."""
+    for _ in range(2):
+        with TestClient(app) as client, chat(client) as conversation:
+            for _ in range(2):
+                for n in range(20):
+                    conversation.say(f"text {n}", f"m{n}")
+                    conversation.say(f"text {n}", f"m{n}")
+            for _ in range(80):
+                conversation.next("message")
+    with closing(sqlite3.connect(database)) as db:
+        texts = [text for (text,) in db.execute("SELECT text FROM messages ORDER BY id")]
+    assert texts == [f"text {n}" for n in range(20)]
+
+
+def test_http_sends_and_reads_messages(client: TestClient) -> None:
+    url = "/rooms/lobby/messages"
+    with chat(client, "user2") as watcher:
+        answer = client.post(url, json={"text": "by HTTP", "mid": "m1"}, headers=bearer())
+        assert answer.status_code == 201
+        assert watcher.next() == answer.json()
+        again = client.post(url, json={"text": "by HTTP", "mid": "m1"}, headers=bearer())
+        assert (again.status_code, again.json()) == (200, answer.json())
+        watcher.nothing_came()
+    for n in range(5):
+        client.post(url, json={"text": f"{n}"}, headers=bearer())
+
+    def texts(query: str) -> tuple[list[str], bool]:
+        page = client.get(f"{url}?{query}", headers=bearer()).json()
+        return [message["text"] for message in page["messages"]], page["more"]
+
+    ids = [message["id"] for message in client.get(url, headers=bearer()).json()["messages"]]
+    assert texts("") == (["by HTTP", "0", "1", "2", "3", "4"], False)
+    assert texts("limit=2") == (["3", "4"], True)
+    assert texts(f"limit=2&before={ids[3]}") == (["0", "1"], True)
+    assert texts(f"limit=2&after={ids[0]}") == (["0", "1"], True)
+    assert texts(f"after={ids[3]}") == (["3", "4"], False)
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=201", "limit=x", "before=-1", f"after={2**63}", "before=1e3"]
+)
+def test_a_wrong_page_is_refused(client: TestClient, query: str) -> None:
+    answer = client.get(f"/rooms/lobby/messages?{query}", headers=bearer())
+    assert answer.status_code == 422
+
+
+def test_the_chat_over_http_wants_a_token(client: TestClient) -> None:
+    for method, path in [
+        ("GET", "/me"),
+        ("GET", "/rooms"),
+        ("GET", "/rooms/lobby/messages"),
+        ("POST", "/rooms/lobby/messages"),
+        ("GET", "/users"),
+        ("POST", "/logout"),
+    ]:
+        answer = client.request(method, path, json={"text": "x"} if method == "POST" else None)
+        assert answer.status_code == 401, path
+
+
+def test_rooms_and_people_are_listed(client: TestClient) -> None:
+    client.post("/rooms/tea/messages", json={"text": "hi"}, headers=bearer())
+    with chat(client), chat(client, "admin", "room=cake"), chat(client, "admin"):
+        assert client.get("/rooms", headers=bearer()).json() == [
+            {"room": "cake", "online": 1},
+            {"room": "lobby", "online": 2},
+            {"room": "tea", "online": 0},
+        ]
+        assert client.get("/users", headers=bearer()).json() == [
+            {"username": "admin", "role": "admin", "rooms": ["cake", "lobby"]},
+            {"username": "user1", "role": "member", "rooms": ["lobby"]},
+        ]
+        assert client.get("/healthz").json() == {"status": "ok", "online": 2, "rooms": 2}
+
+
+def test_older_pages_come_over_the_socket(client: TestClient) -> None:
+    for n in range(60):
+        client.post("/rooms/lobby/messages", json={"text": f"{n}"}, headers=bearer())
+    with chat(client, quiet=False) as conversation:
+        newest = conversation.next("history")
+        assert [event["text"] for event in newest["messages"]] == [str(n) for n in range(10, 60)]
+        assert newest["more"]
+        before = newest["messages"][0]["id"]
+        conversation.send("history", room="lobby", before=before, limit=4)
+        older = conversation.next("history")
+    assert [event["text"] for event in older["messages"]] == ["6", "7", "8", "9"]
+    assert older["more"]
+
+
+def ids_after(client: TestClient, after: int, **query: Any) -> tuple[list[int], bool]:
+    """What a socket is sent on joining with ``after``, and whether that is complete."""
+    extra = "".join(f"&{name}={value}" for name, value in query.items())
+    with chat(client, query=f"after={after}{extra}", quiet=False) as conversation:
+        history = conversation.next("history")
+    return [event["id"] for event in history["messages"]], history["complete"]
+
+
+def test_what_cannot_be_resumed_is_said_to_be_incomplete(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby, "WINDOW", 10)
+    headers = bearer()
+    url = "/rooms/lobby/messages"
+    ids = [client.post(url, json={"text": "x"}, headers=headers).json()["id"] for _ in range(15)]
+    epoch = app.state.storage.epoch
+    assert ids_after(client, ids[9], epoch=epoch) == (ids[10:], True)
+    assert ids_after(client, ids[9]) == (ids[10:], True)
+    assert ids_after(client, ids[-1]) == ([], True)
+    assert ids_after(client, ids[3]) == (ids[5:], False)  # forgotten
+    assert ids_after(client, ids[9], epoch="other") == (ids[5:], False)  # of another database
+    assert ids_after(client, ids[-1] + 1) == (ids[5:], False)  # from the future
+
+
+def test_reconnecting_at_any_moment_loses_and_repeats_nothing(client: TestClient) -> None:
+    """One writes without a pause; the other comes and goes, and reads on from the last id."""
+    total, seen, rng = 600, [0], random.Random(7)
+
+    def write() -> None:
+        with chat(client) as writer:
+            for n in range(total):
+                writer.say(f"{n}", f"m{n}")
+                if n % 10 == 9:
+                    writer.next("message")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    texts = []
+    while len(texts) < total:
+        with chat(client, "user2", f"after={seen[-1]}", quiet=False) as reader:
+            for _ in range(rng.randrange(1, 5)):
+                if len(texts) == total:
+                    break
+                event = reader.next("message", "history")
+                if event["type"] == "history":
+                    assert event["complete"]
+                for new in event.get("messages", [event]):
+                    seen.append(new["id"])
+                    texts.append(new["text"])
+    writer.join()
+    assert texts == [str(n) for n in range(total)]
+
+
+def test_joining_while_the_room_is_loaded_and_written_to_misses_nothing(
+    client: TestClient,
+) -> None:
+    """Its loading is held up in the database's thread while messages are stored."""
+    url, headers = "/rooms/lobby/messages", bearer()
+    client.post(url, json={"text": "stored before"}, headers=headers)
+    held = threading.Event()
+    app.state.storage.thread.submit(held.wait)
+    answers = []
+
+    def post() -> None:
+        answers.append(client.post(url, json={"text": "stored meanwhile"}, headers=headers))
+
+    protocols = ["lobby.v1", f"bearer.{token()}"]
+    poster = threading.Thread(target=post)
+    releaser = threading.Timer(0.2, held.set)
+    releaser.start()
+    poster.start()
+    with client.websocket_connect("/ws/chat?after=0", subprotocols=protocols) as websocket:
+        conversation = Chat(websocket.receive_text, websocket.send_text)
+        texts = [event["text"] for event in conversation.next("history")["messages"]]
+        if len(texts) == 1:
+            texts.append(conversation.next("message")["text"])
+        conversation.next("joined")
+        conversation.nothing_came()
+    poster.join()
+    assert texts == ["stored before", "stored meanwhile"]
+
+
+def test_plain_text_is_the_chat_of_the_walk_through(client: TestClient) -> None:
+    with client.websocket_connect(f"/ws/chat?token={token('user2')}") as two:
+        assert two.receive_text() == "user2 joined the chat!"
+        with client.websocket_connect(f"/ws/chat?token={token()}") as one:
+            assert one.receive_text() == two.receive_text() == "user1 joined the chat!"
+            one.send_text("hello")
+            assert one.receive_text() == two.receive_text() == "user1: hello"
+        assert two.receive_text() == "user1 left the chat!"
+
+
+def test_in_plain_text_no_message_can_pass_for_another_persons(client: TestClient) -> None:
+    with client.websocket_connect("/ws/chat", headers=bearer()) as websocket:
+        websocket.receive_text()
+        for line_break in ("\n", "\r\n", "\u2028"):
+            websocket.send_text(f"hi{line_break}user2: I quit")
+            assert websocket.receive_text() == "user1: hi\n    user2: I quit"
+
+
+def test_plain_text_has_commands_and_tells_errors(client: TestClient) -> None:
+    with client.websocket_connect("/ws/chat", headers=bearer()) as websocket:
+        websocket.receive_text()
+        websocket.send_text("/who")
+        assert websocket.receive_text() == "Here: user1"
+        websocket.send_text("/help")
+        assert "/who" in websocket.receive_text()
+        for wrong in ("/dance", "   ", "x" * 4001, "a\u202eb"):
+            websocket.send_text(wrong)
+            assert websocket.receive_text().startswith("Error: ")
+
+
+def test_plain_text_shows_history_only_when_asked(client: TestClient) -> None:
+    for text in ("one", "two"):
+        client.post("/rooms/lobby/messages", json={"text": text}, headers=bearer("user2"))
+    with client.websocket_connect("/ws/chat", headers=bearer()) as websocket:
+        assert websocket.receive_text() == "user1 joined the chat!"
+    with client.websocket_connect("/ws/chat?after=0", headers=bearer()) as websocket:
+        texts = [websocket.receive_text() for _ in range(3)]
+    assert texts == ["user2: one", "user2: two", "user1 joined the chat!"]
+
+
+@pytest.mark.parametrize("query", ["room=@a", "room=", "after=x", "after=-1", f"after={2**64}"])
+def test_what_is_wrong_in_the_sockets_url_is_told(client: TestClient, query: str) -> None:
+    with chat(client, query=query, quiet=False) as conversation:
+        assert conversation.next()["type"] == "welcome"
+        assert conversation.next()["type"] == "error"
+        conversation.send("join", room="lobby")
+        assert conversation.next()["type"] == "history"
+
+
+def test_no_secret_and_no_text_is_logged(serve: Callable[..., Server]) -> None:
+    server = serve()
+    secret = server.token()
+    with server.connect(f"/ws/chat?token={secret}") as websocket:
+        websocket.send("a private matter")
+        while "private" not in str(websocket.recv(timeout=20)):
+            pass
+    with server.connect("/ws/protected?a=1&token=nonsense"):
+        pass
+    server.wait_for_log(r"(disconnected 'user1': 1000)")
+    server.wait_for_log(r"(1008 Unauthorized: Invalid token)")
+    log = server.log.read_text()
+    assert "connected 'user1' from 127.0.0.1" in log
+    for hidden in (secret, secret[-20:], "nonsense", "password1", "private"):
+        assert hidden not in log
+    assert "Traceback" not in log
+
+
+def test_user_made_text_cannot_forge_a_log_line(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    client.post("/login", json={"username": "a\nINFO all is well", "password": "wrong"})
+    (record,) = [record for record in caplog.records if "log-in" in record.getMessage()]
+    assert "\n" not in record.getMessage()
+
+
+# -- 10. The page --------------------------------------------------------------------------
+
+
+def test_the_page_may_run_its_own_script_and_style_only(client: TestClient) -> None:
+    answer = client.get("/")
+    policy = answer.headers["Content-Security-Policy"]
+    assert "'unsafe-inline'" not in policy
+    for tag in ("script", "style"):
+        content = answer.text.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert not re.search(r"innerHTML|https?://|\son\w+=|style=", answer.text)
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium; without Playwright or Chromium, its tests are skipped."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("no Chromium")
+    with playwright.sync_playwright() as driver:
+        flags = ["--no-sandbox", "--disable-background-networking"]
+        browser = driver.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[[Server, str], Any]]:
+    """Opens the page as somebody logged in; at the end there was no error in any console."""
+    errors: list[str] = []
+    contexts = []
+
+    def open_as(server: Server, user: str) -> Any:
+        contexts.append(browser.new_context())
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda line: line.type == "error" and errors.append(line.text))
+        page.goto(server.url)
+        page.fill("[name=username]", user)
+        page.fill("[name=password]", PASSWORDS[user])
+        page.click("text=Log in")
+        page.wait_for_selector("#chatLog:visible")
+        page.get_by_text("connected", exact=True).wait_for()
+        return page
+
+    yield open_as
+    for context in contexts:
+        context.close()
+    assert [error for error in errors if "ERR_CONNECTION_REFUSED" not in error] == []
+
+
+def send(page: Any, text: str) -> None:
+    page.fill("#messageText", text)
+    page.press("#messageText", "Enter")
+
+
+def test_two_people_chat_in_their_browsers(
+    serve: Callable[..., Server], open_page: Callable[[Server, str], Any]
+) -> None:
+    server = serve()
+    one, two = open_page(server, "user1"), open_page(server, "user2")
+    one.locator("#chatLog", has_text="user2 joined the chat!").wait_for()
+    hostile = "<img src=x onerror=alert(1)>"
+    send(one, hostile)
+    two.locator("#chatLog li", has_text=hostile).wait_for()
+    send(two, "hello")
+    one.locator("#chatLog li", has_text="hello").wait_for()
+    one.locator("#here", has_text="user1, user2").wait_for()
+    assert one.locator("#chatLog img").count() == 0
+    two.close()
+    one.locator("#chatLog", has_text="user2 left the chat!").wait_for()
+
+
+def test_the_page_reconnects_and_sends_what_it_could_not(
+    serve: Callable[..., Server], open_page: Callable[[Server, str], Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    send(page, "before")
+    page.locator("#chatLog li:not(:has-text('sending'))", has_text="before").wait_for()
+    server.stop(signal.SIGKILL)
+    page.get_by_text("trying again").wait_for()
+    send(page, "while it was gone")
+    restarted = serve(port=str(server.port))
+    page.get_by_text("connected", exact=True).wait_for()
+    page.locator("#chatLog li:not(:has-text('sending'))", has_text="while").wait_for()
+    assert page.locator("#chatLog li", has_text="before").count() == 1
+    page_of_messages = restarted.request(
+        "/rooms/lobby/messages", Authorization=f"Bearer {restarted.token()}"
+    )
+    texts = [message["text"] for message in page_of_messages["messages"]]
+    assert texts == ["before", "while it was gone"]
+
+
+# -- 11. Serving ---------------------------------------------------------------------------
+
+
+def flood(writer: Chat, *readers: Chat) -> None:
+    """Write thirteen megabytes, more than any buffer on the way to a stalled reader holds."""
+    for first in range(0, 3300, 10):
+        mids = [f"m{n}" for n in range(first, first + 10)]
+        for mid in mids:
+            writer.say("x" * 4000, mid)
+        for chat in (writer, *readers):
+            assert [chat.next("message")["mid"] for _ in mids] == mids
+
+
+def test_a_reader_that_stalls_delays_nobody_and_is_cut_off(serve: Callable[..., Server]) -> None:
+    """The others read on while it does not, and in the end it is dropped."""
+    server = serve(program="app.STALL_SECONDS = 1.0")
+    one, two = server.chat(server.token()), server.chat(server.token("user2"))
+    secret = server.token("admin")
+    stalled = server.raw_socket("/ws/chat", f"Authorization: Bearer {secret}", receive_buffer=4096)
+    flood(one, two)
+    server.wait_for_log(r"(disconnected 'admin')")
+    assert server.request("/healthz")["online"] == 2
+    stalled.close()
+
+
+def test_a_client_that_fell_out_of_the_window_is_told_to_come_back(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(program="app.WINDOW = 20")
+    one, secret = server.chat(server.token()), server.token("user2")
+    slow = server.raw_socket("/ws/chat", f"Authorization: Bearer {secret}", receive_buffer=4096)
+    flood(one)
+    assert close_code(slow) == 1013
+
+
+def test_a_signal_ends_the_server_soon_and_cleanly(serve: Callable[..., Server]) -> None:
+    """Even with somebody who does not read; readers see 1012 and come back later."""
+    server = serve()
+    secret = server.token("admin")
+    stalled = server.raw_socket("/ws/chat", f"Authorization: Bearer {secret}", receive_buffer=4096)
+    reader = server.chat(server.token())
+    flood(reader)
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            reader.next()
+    assert closed.value.rcvd and closed.value.rcvd.code == 1012
+    server.process.wait(timeout=20)
+    assert time.monotonic() - started < 15
+    assert "Traceback" not in server.log.read_text()
+    stalled.close()
+
+
+def test_a_message_of_endless_fragments_is_cut_off(serve: Callable[..., Server]) -> None:
+    server = serve()
+    with server.raw_socket("/ws") as raw:
+        raw.sendall(frame(1, final=False) + frame(0, final=False) * 2000)
+        assert close_code(raw) == 1009
+
+
+def test_a_ping_is_answered_but_a_flood_of_them_does_not_pile_up(
+    serve: Callable[..., Server],
+) -> None:
+    """Of 40 MB of pings whose sender does not read, no more is answered than buffers hold."""
+    server = serve()
+    with server.raw_socket("/ws", receive_buffer=4096) as raw:
+        raw.sendall(frame(9, b"ping"))
+        assert raw.recv(6) == b"\x8a\x04ping"
+        flood = frame(9, b"x" * 125) * 10_000
+        for _ in range(30):
+            raw.sendall(flood)
+        raw.settimeout(20)
+        raw.sendall(frame(1, b"still here?"))
+        answered = b""
+        while not answered.endswith(b"Message text was: still here?"):
+            answered += raw.recv(2**20)
+        assert len(answered) < 20_000_000
+
+
+# -- README --------------------------------------------------------------------------------
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the README's table under this heading, without their backquotes."""
+    section = (HERE / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip().replace("`", "") for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def test_the_readme_lists_every_route() -> None:
+    documented = {tuple(row[0].split(" ", 1)) for row in table("Routes")}
+    real = set()
+    for route in app.routes:
+        if route.name in ("openapi", "swagger_ui_html", "swagger_ui_redirect", "redoc_html"):
+            continue
+        methods = getattr(route, "methods", {"WS"}) or {"ANY"}
+        real |= {(method, route.path) for method in methods}
+    assert documented == real
+
+
+def test_the_readme_lists_every_setting_with_its_default() -> None:
+    documented = {row[0]: row[1] for row in table("Settings")}
+    real = {}
+    for name, setting in Settings.model_fields.items():
+        default = setting.default
+        shown = str(int(default)) if isinstance(default, bool) else str(default)
+        real[f"CHAT_{name.upper()}"] = "" if default in (None, frozenset()) else shown
+    assert documented == real
+
+
+def test_the_readmes_walk_through_gives_the_printed_answers(serve: Callable[..., Server]) -> None:
+    """Its curl command and its socket session, run as they stand but for port and token."""
+    text = (HERE / "README.md").read_text()
+    server = serve()
+    command, answer = re.search(r"\$ (curl [^$]*?)\n(\{.*\})", text).groups()  # type: ignore[union-attr]
+    assert shutil.which("curl"), "curl is not installed"
+    command = command.replace("http://localhost:8000", server.url).replace("\\\n", "")
+    printed = json.loads(subprocess.check_output(command, shell=True, timeout=20))
+    assert printed.keys() == json.loads(answer.replace("eyJhbGciOi...", "eyJhbGciOi")).keys()
+    assert printed["expires_in"] == json.loads(answer)["expires_in"]
+    session = re.search(r"\$ wscat [^\n]*\n(.*?)```", text, re.DOTALL)
+    assert session
+    with server.connect(f"/ws/chat?token={printed['access_token']}") as websocket:
+        for line in session[1].strip().splitlines():
+            if line.startswith("> "):
+                websocket.send(line[2:])
+            elif line.startswith("< "):
+                assert websocket.recv(timeout=20) == line[2:]
