@@ -1964,7 +1964,8 @@ form { display: flex; flex-wrap: wrap; gap: .5rem; padding: .75rem 1rem; }
 #access label { display: grid; gap: .15rem; }
 input, textarea, button { font: inherit; color: inherit; background: var(--paper);
   border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .6rem; }
-button { background: var(--accent); border-color: var(--accent); color: var(--paper); cursor: pointer; }
+button { background: var(--accent); border-color: var(--accent); color: var(--paper);
+  cursor: pointer; }
 button.quiet { background: none; color: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 #problem { color: var(--wrong); margin: 0; min-height: 1.45em; overflow-wrap: anywhere; }
@@ -1972,8 +1973,10 @@ main { flex: 1; min-height: 0; display: flex; flex-direction: column; }
 [hidden] { display: none !important; }
 #here { margin: 0; padding: .4rem 1rem; color: var(--dim); border-bottom: 1px solid var(--line);
   max-height: 5rem; overflow-y: auto; overflow-wrap: anywhere; }
-#chatLog { flex: 1; min-height: 0; overflow-y: auto; padding: .75rem 1rem; margin: 0; list-style: none; }
-#chatLog li { overflow-wrap: anywhere; white-space: pre-wrap; padding: .1rem 0; unicode-bidi: plaintext; }
+#chatLog { flex: 1; min-height: 0; overflow-y: auto; padding: .75rem 1rem; margin: 0;
+  list-style: none; }
+#chatLog li { overflow-wrap: anywhere; white-space: pre-wrap; padding: .1rem 0;
+  unicode-bidi: plaintext; }
 #chatLog b { color: var(--accent); }
 #chatLog time, #chatLog .notice, #chatLog small { color: var(--dim); font-size: .85em; }
 #chatLog .failed small { color: var(--wrong); }
@@ -1996,7 +1999,8 @@ main { flex: 1; min-height: 0; display: flex; flex-direction: column; }
   <label>Password <input id="password" name="password" type="password"
     autocomplete="current-password" value="password1"></label>
   <button>Log in</button>
-  <label>or paste a token <input id="token" name="token" autocomplete="off" spellcheck="false"></label>
+  <label>or paste a token
+    <input id="token" name="token" autocomplete="off" spellcheck="false"></label>
   <button id="connect" type="button" class="quiet">Connect with the token</button>
   <p id="problem" role="alert"></p>
 </form>
@@ -2006,7 +2010,8 @@ main { flex: 1; min-height: 0; display: flex; flex-direction: column; }
   <ol id="chatLog" role="log" aria-label="Messages" tabindex="0"></ol>
   <form id="composer">
     <label><span class="unseen">Message</span>
-      <textarea id="messageText" rows="1" maxlength="4000" placeholder="Message, Enter to send"></textarea></label>
+      <textarea id="messageText" rows="1" maxlength="4000"
+        placeholder="Message, Enter to send"></textarea></label>
     <button>Send</button>
   </form>
 </main>
@@ -2041,7 +2046,8 @@ const messageLine = (user, text, at, note = "") => {
   const line = element("li");
   const time = element("time", new Date(at * 1000).toLocaleTimeString([], {timeStyle: "short"}));
   time.dateTime = new Date(at * 1000).toISOString();
-  line.append(time, " ", element("b", user), " ", element("span", text), " ", element("small", note));
+  const parts = [time, element("b", user), element("span", text), element("small", note)];
+  line.append(...parts.flatMap((part) => [part, " "]));
   return line;
 };
 
@@ -2088,7 +2094,8 @@ const hearError = (event) => {
   const waiting = unsent.get(event.mid);
   if (!waiting) return say(`Error: ${event.message}`);
   if (event.retry_after) {
-    setTimeout(() => unsent.has(event.mid) && transmit(event.mid, waiting.text), event.retry_after * 1000);
+    const again = () => unsent.has(event.mid) && transmit(event.mid, waiting.text);
+    setTimeout(again, event.retry_after * 1000);
     return;
   }
   waiting.line.className = "failed";
@@ -2109,7 +2116,7 @@ const connect = () => {
   } catch {
     return refuse("This is no token.");
   }
-  socket.onopen = () => { status("connected"); $("access").hidden = true; $("chat").hidden = $("logOut").hidden = false; };
+  socket.onopen = () => { status("connected"); showChat(true); };
   socket.onmessage = ({data}) => {
     retries = 0;
     for (const line of data.split("\n")) hear(JSON.parse(line));
@@ -2126,8 +2133,12 @@ const connect = () => {
 const refuse = (reason) => {
   status("not connected");
   $("problem").textContent = reason;
-  $("access").hidden = false;
-  $("chat").hidden = $("logOut").hidden = true;
+  showChat(false);
+};
+
+const showChat = (shown) => {
+  $("access").hidden = shown;
+  $("chat").hidden = $("logOut").hidden = !shown;
 };
 
 const transmit = (mid, text) => {
@@ -2148,7 +2159,7 @@ $("access").addEventListener("submit", async (event) => {
       body: JSON.stringify({username: $("username").value, password: $("password").value}),
     });
     const body = await answer.json();
-    if (!answer.ok) throw new Error(typeof body.detail === "string" ? body.detail : "Give a name and a password.");
+    if (!answer.ok) throw new Error(body.detail);
     $("token").value = body.access_token;
     connect();
   } catch (error) {
@@ -2165,7 +2176,8 @@ $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = $("messageText").value.trim();
   if (!text) return;
-  const mid = Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(36)).join("-");
+  const random = crypto.getRandomValues(new Uint32Array(4));
+  const mid = Array.from(random, (n) => n.toString(36)).join("-");
   const line = messageLine($("who").textContent, text, Date.now() / 1000, "sending");
   unsent.set(mid, {text, line});
   show(line);

@@ -182,10 +182,10 @@ class Server:
         if receive_buffer:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         raw.connect(("127.0.0.1", self.port))
-        lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", "Upgrade: websocket",
-                 "Connection: Upgrade", "Sec-WebSocket-Version: 13",
-                 f"Sec-WebSocket-Key: {base64.b64encode(bytes(16)).decode()}", *headers]  # fmt: skip
-        raw.sendall("\r\n".join([*lines, "", ""]).encode())
+        key = base64.b64encode(bytes(16)).decode()
+        lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", "Upgrade: websocket"]
+        lines += ["Connection: Upgrade", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {key}"]
+        raw.sendall("\r\n".join([*lines, *headers, "", ""]).encode())
         answer = b""
         while not answer.endswith(b"\r\n\r\n"):
             answer += raw.recv(1)
@@ -881,8 +881,9 @@ def test_names_of_any_script_are_good(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "x" * 33, "a b", "a.b", "@a", "a+b", "a\n", "<b>", "\u0301a", "a\u200b", "a\ufe0f", "😀", "a\u202eb"],
-)  # fmt: skip
+    ["", "x" * 33, "a b", "a.b", "@a", "a+b", "a\n", "<b>", "😀"]
+    + ["\u0301a", "a\u200b", "a\ufe0f", "a\u202eb"],  # what is seen as another name, or not at all
+)
 def test_other_names_are_refused(client: TestClient, name: str) -> None:
     answer = client.post("/register", json={"username": name, "password": "longenough"})
     assert answer.status_code == 422
