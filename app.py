@@ -1975,8 +1975,8 @@ main { flex: 1; min-height: 0; display: flex; flex-direction: column; }
   max-height: 5rem; overflow-y: auto; overflow-wrap: anywhere; }
 #chatLog { flex: 1; min-height: 0; overflow-y: auto; padding: .75rem 1rem; margin: 0;
   list-style: none; }
-#chatLog li { overflow-wrap: anywhere; white-space: pre-wrap; padding: .1rem 0;
-  unicode-bidi: plaintext; }
+#chatLog li { overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: plaintext;
+  padding: .1rem 0; padding-inline-start: 1.5em; text-indent: -1.5em; }
 #chatLog b { color: var(--accent); }
 #chatLog time, #chatLog .notice, #chatLog small { color: var(--dim); font-size: .85em; }
 #chatLog .failed small { color: var(--wrong); }
@@ -1995,9 +1995,9 @@ main { flex: 1; min-height: 0; display: flex; flex-direction: column; }
 </header>
 
 <form id="access">
-  <label>Name <input id="username" name="username" autocomplete="username" value="user1"></label>
+  <label>Name <input id="username" name="username" autocomplete="username" required></label>
   <label>Password <input id="password" name="password" type="password"
-    autocomplete="current-password" value="password1"></label>
+    autocomplete="current-password" required></label>
   <button>Log in</button>
   <label>or paste a token
     <input id="token" name="token" autocomplete="off" spellcheck="false"></label>

@@ -1708,7 +1708,7 @@ def table(heading: str) -> list[list[str]]:
     """The cells of the README's table under this heading, without their backquotes."""
     section = (HERE / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
-    return [[cell.strip().replace("`", "") for cell in row.strip("|").split(" | ")] for row in rows]
+    return [[cell.strip().replace("`", "") for cell in row.split("|")[1:-1]] for row in rows]
 
 
 def test_the_readme_lists_every_route() -> None:
