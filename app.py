@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "fastapi>=0.165",
-#     "uvicorn[standard]>=0.54",
+#     "uvicorn[standard]>=0.52.1",
 #     "pyjwt>=2.13",
 #     "python-multipart>=0.0.27",
 # ]
@@ -47,7 +47,7 @@ import base64
 import functools
 import hashlib
 import hmac
-import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -57,10 +57,17 @@ import secrets
 import sqlite3
 import time
 import unicodedata
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
@@ -81,7 +88,15 @@ from fastapi import (
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError, from_json
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
@@ -110,15 +125,25 @@ class StartError(Exception):
     """Why Lobby cannot start, in one line that says what to change."""
 
 
+def split_origins(value: str | frozenset[str]) -> frozenset[str]:
+    """Comma separated origins, with or without a slash at the end."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return frozenset(part.strip().rstrip("/") for part in parts if part.strip())
+
+
 class Settings(BaseModel):
-    """All settings; the field ``port`` is read from the environment's ``CHAT_PORT``."""
+    """All settings; the field ``port`` is the environment's ``CHAT_PORT``."""
+
+    model_config = ConfigDict(
+        alias_generator=lambda name: f"CHAT_{name.upper()}", validate_by_name=True
+    )
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     db: Path = Path("chat.db")
     secret: bytes | None = Field(None, min_length=32)  # RFC 7518, section 3.2
     token_minutes: float = Field(60, gt=0, le=525_600)
-    origins: frozenset[str] = frozenset()
+    origins: Annotated[frozenset[str], BeforeValidator(split_origins)] = frozenset()
     demo_users: bool = True
     rate: float = Field(10, ge=0, allow_inf_nan=False)  # messages a second; 0: no limit
     sockets_per_user: int = Field(20, ge=0)  # 0: no limit
@@ -126,35 +151,20 @@ class Settings(BaseModel):
     @classmethod
     def from_environment(cls) -> Settings:
         """Read the ``CHAT_...`` variables. Raises StartError for an unusable one."""
-        values: dict[str, Any] = {
-            name: os.environ[f"CHAT_{name.upper()}"]
-            for name in cls.model_fields
-            if f"CHAT_{name.upper()}" in os.environ
-        }
-        if "origins" in values:
-            origins = (origin.strip().rstrip("/") for origin in values["origins"].split(","))
-            values["origins"] = frozenset(filter(None, origins))
         try:
-            settings = cls(**values)
+            settings = cls.model_validate(dict(os.environ))
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
-            given = "" if name == "secret" else f"={values[name]!r}"
-            raise StartError(f"CHAT_{name.upper()}{given}: {first['msg']}") from None
-        if settings.demo_users and "demo_users" not in values and not is_loopback(settings.host):
+            given = "" if name == "CHAT_SECRET" else f"={first['input']!r}"
+            raise StartError(f"{name}{given}: {first['msg']}") from None
+        loopback = settings.host in ("127.0.0.1", "::1", "localhost")
+        if settings.demo_users and "demo_users" not in settings.model_fields_set and not loopback:
             raise StartError(
                 f"CHAT_HOST={settings.host!r} can be reached from other machines, and the demo "
                 "people's passwords are public: set CHAT_DEMO_USERS to 0, or to 1 if you mean it"
             )
         return settings
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on ``host``."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # ======================================================================================
@@ -214,8 +224,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Unavailable(Exception):
-    """The database did not do what was asked: nothing was stored, trying again may help."""
+class Refused(Exception):
+    """Why something was not done: a code of the chat's error event, and words for people."""
+
+    def __init__(self, code: str, message: str, **more: Any) -> None:
+        super().__init__(message)
+        self.event: Event = {"type": "error", "code": code, "message": message, **more}
 
 
 def in_database_thread(
@@ -227,15 +241,17 @@ def in_database_thread(
         work = functools.partial(method, self, *args, **kwargs)
         try:
             return await asyncio.get_running_loop().run_in_executor(self.thread, work)
-        except sqlite3.Error as error:
-            raise Unavailable(f"{method.__name__}: {error}") from error
+        except sqlite3.Error:
+            log.exception("the database failed in %s", method.__name__)
+            message = "The database failed, try again"
+            raise Refused("unavailable", message, retry_after=1) from None
 
     return call
 
 
 @dataclass(slots=True)
 class Draft:
-    """A message that waits to be stored; ``done(message, is_new)`` is called with its fate.
+    """A message that waits to be stored; ``done(message, is_new)`` is called with its outcome.
 
     ``message`` is None when the database failed; ``is_new`` is False for a repeated ``mid``.
     """
@@ -256,8 +272,8 @@ def message_event(id: int, room: str, user: str, text: str, at: int, mid: str | 
 class Storage:
     """Messages, people and revoked tokens, in one SQLite file.
 
-    All that another database would have to offer is here. Every async method raises
-    Unavailable when the database fails.
+    All that another database would have to offer is here. When the database fails, every
+    async method raises Refused with the code ``unavailable``, and nothing has been stored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -318,11 +334,12 @@ class Storage:
     def _stored(self, *row: Any) -> tuple[Event, bool]:
         """What became of a row: itself, or the older message with the same user and mid."""
         id, _, user, _, _, mid = row
-        query = "SELECT id, room, user, text, at, mid FROM messages WHERE id = ?"
-        if found := self.db.execute(query, (id,)).fetchone():
-            return message_event(*found), True
-        query = query.replace("id = ?", "user = ? AND mid = ?")
-        return message_event(*self.db.execute(query, (user, mid)).fetchone()), False
+        found = self.db.execute(
+            "SELECT id, room, user, text, at, mid FROM messages"
+            " WHERE id = ? OR (user = ? AND mid = ?)",
+            (id, user, mid),
+        ).fetchone()
+        return message_event(*found), found[0] == id
 
     @in_database_thread
     def page(
@@ -347,7 +364,7 @@ class Storage:
         return [room for (room,) in self.db.execute(SELECT_ROOMS)]
 
     @in_database_thread
-    def password(self, folded: str) -> tuple[str, str] | None:
+    def find_password(self, folded: str) -> tuple[str, str] | None:
         """Name and hashed password of the person whose name folds to this, if any."""
         query = "SELECT name, password FROM people WHERE folded = ?"
         row: tuple[str, str] | None = self.db.execute(query, (folded,)).fetchone()
@@ -380,7 +397,7 @@ class Storage:
         self.db.execute("INSERT OR IGNORE INTO revoked VALUES (?, ?)", (jti, exp))
 
     @in_database_thread
-    def bearer(self, folded: str, jti: str) -> tuple[str, str, bool] | None:
+    def find_bearer(self, folded: str, jti: str) -> tuple[str, str, bool] | None:
         """Name and role of a token's bearer, if any, and whether the token was logged out."""
         row: tuple[str, str, bool] | None = self.db.execute(
             "SELECT name, role, EXISTS (SELECT 1 FROM revoked WHERE jti = ?)"
@@ -395,7 +412,10 @@ class Storage:
 #
 # Importing this file opens nothing: files and tasks start in the lifespan, and end there
 # too. What is shared hangs on `app.state`, and routes ask for it by a dependency, so that
-# each test, and each start, gets its own.
+# each test, and each start, gets its own. (What it opens, the chapters below explain.)
+#
+# One middleware wraps everything. Where every route may fail, the answer to failures
+# belongs there too: a route that raises Refused, or has a bug, is answered in one place.
 # ======================================================================================
 
 
@@ -409,22 +429,25 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.storage = storage
         app.state.sessions = Sessions()
         app.state.tokens = Tokens(settings)
+        app.state.tethers = set()
         app.state.manager = ConnectionManager(storage, settings)
         if settings.demo_users and not await storage.count_people():
             await add_demo_people(storage)
         committer = asyncio.create_task(app.state.manager.commit_forever())
-        yield
-        app.state.manager.stop()
-        await committer
+        try:
+            yield
+        finally:
+            app.state.manager.stop()
+            await committer
     finally:
         storage.close()
 
 
-class Surroundings:
+class RequestContextMiddleware:
     """Wraps every request and every socket: ids and times them, and survives their bugs.
 
-    A pure ASGI middleware: it sees sockets too and costs next to nothing, unlike
-    BaseHTTPMiddleware, which sees neither sockets nor streams and halves the speed.
+    A pure ASGI middleware sees sockets too, and costs next to nothing; BaseHTTPMiddleware
+    passes sockets by, and more than halves the requests a second.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -439,9 +462,10 @@ class Surroundings:
         if not re.fullmatch(r"[\w.~+/=:-]{1,128}", request_id, re.ASCII):
             request_id = secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        # A Content-Length over the limit is answered in plain text by FastAPI, a body that
-        # turns out too long by `too_large` below: without the one it comes to the other.
-        if len(length := given.get("content-length", "")) > 6 and int(length) > 1 * MIB:
+        # FastAPI answers a Content-Length over the limit in plain text. Without that header
+        # it counts the bytes as they come, and raises what `too_large` below answers.
+        length = given.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > 1 * MIB:
             scope["headers"] = [item for item in given.raw if item[0] != b"content-length"]
 
         async def send_with_headers(message: Message) -> None:
@@ -459,33 +483,17 @@ class Surroundings:
             pass  # they left, and nothing is left to do
         except Exception:
             log.exception("unexpected error in %s %r", scope["type"], scope["path"])
-            if scope["type"] == "websocket":
-                with suppress(Exception):  # it may have been closed already
+            with suppress(Exception):  # it may have been answered or closed already
+                if scope["type"] == "websocket":
                     await send({"type": "websocket.close", "code": 1011})
+                else:
+                    answer = JSONResponse({"detail": "Internal Server Error"}, 500)
+                    await answer(scope, receive, send_with_headers)
 
 
-class Lobby(FastAPI):
-    """A FastAPI whose answers all pass through Surroundings, those to its own errors too."""
-
-    def build_middleware_stack(self) -> ASGIApp:
-        return Surroundings(super().build_middleware_stack())
-
-
-app = Lobby(title="Lobby", lifespan=lifespan, max_body_size=1 * MIB)
-
-
-@app.exception_handler(Exception)
-async def bug(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": "Internal Server Error"}, 500)
-
-
-def from_state(name: str) -> Any:
-    """A dependency that gives ``app.state.<name>``, over HTTP and over sockets alike."""
-
-    async def get(connection: HTTPConnection) -> Any:
-        return getattr(connection.app.state, name)
-
-    return Depends(get)
+app = FastAPI(title="Lobby", lifespan=lifespan)
+app.router.max_body_size = 1 * MIB  # as FastAPI's argument it would lie outside the middleware
+app.add_middleware(RequestContextMiddleware)
 
 
 @app.exception_handler(RequestValidationError)
@@ -502,41 +510,34 @@ async def too_large(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse({"detail": f"The body is larger than {limit:,} bytes"}, 413)
 
 
-@app.exception_handler(Unavailable)
-async def unavailable(request: Request, error: Unavailable) -> JSONResponse:
-    log.error("the database failed", exc_info=error)
-    return JSONResponse({"detail": "The database failed, try again"}, 503, {"Retry-After": "1"})
+STATUS = {"rate_limited": 429, "forbidden": 403, "unknown_room": 404, "unavailable": 503}
 
 
-@app.exception_handler(WebSocketException)
-async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
-    """Close a socket with a code and a reason that its client can see.
-
-    A socket that is closed before it is accepted reaches a browser as a bare 1006, whatever
-    was said; so it is accepted first. The time limit is for a client that does not read.
-    """
-    log.info("closed %s: %d %s", websocket.url.path, error.code, error.reason)
-    if websocket.application_state is WebSocketState.CONNECTING:
-        await websocket.accept(choose_subprotocol(websocket))
-    if websocket.application_state is WebSocketState.CONNECTED:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(websocket.close(error.code, error.reason), timeout=1)
+@app.exception_handler(Refused)
+async def refused(request: Request, error: Refused) -> JSONResponse:
+    """Over HTTP, a refusal is a status and its words."""
+    retry = error.event.get("retry_after")
+    headers = {"Retry-After": str(math.ceil(retry))} if retry else None
+    status = STATUS.get(error.event["code"], 422)
+    return JSONResponse({"detail": error.event["message"]}, status, headers)
 
 
-CHAT_PROTOCOL = "lobby.v1"
+def from_state(name: str) -> Any:
+    """A dependency that gives ``app.state.<name>``, over HTTP and over sockets alike."""
 
+    async def get(connection: HTTPConnection) -> Any:
+        return getattr(connection.app.state, name)
 
-def choose_subprotocol(websocket: WebSocket) -> str | None:
-    """A browser that offers subprotocols drops a connection that picks none of them."""
-    return CHAT_PROTOCOL if CHAT_PROTOCOL in websocket.scope["subprotocols"] else None
+    return Depends(get)
 
 
 # ======================================================================================
 # 4. Looking at a request
 #
-# `Request` is a view of what the client sent: a method, a URL, headers, and a body that
-# can be read once. The first routes show one thing each, `/inspect` shows all of it, and
-# `/body/...` the four ways to read a body and what happens when it is read twice.
+# A request's head is there at once; its body arrives later, in pieces, once, and from
+# somebody who may not mean well. `Request` is the view of both. The first routes show one
+# thing each, `/inspect` shows all of it, and `/body/...` the four ways to read a body, each
+# with a limit, and what happens when it is read twice.
 # ======================================================================================
 
 
@@ -591,7 +592,7 @@ def json_or_none(data: str | bytes) -> Any:
         return None
 
 
-def lists(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+def group_by_key(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
     """Gather pairs by key without losing a repeated one: {key: [values]}."""
     gathered: dict[str, list[T]] = {}
     for key, value in pairs:
@@ -601,7 +602,7 @@ def lists(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
 
 @app.post("/submit")
 async def submit(request: Request) -> dict[str, Any]:
-    query = lists(request.query_params.multi_items())
+    query = group_by_key(request.query_params.multi_items())
     return {
         "method": request.method,
         "url": str(request.url),
@@ -627,7 +628,7 @@ def inspect_connection(connection: HTTPConnection) -> dict[str, Any]:
         "http_version": connection.scope.get("http_version"),
         "client": {"host": client.host, "port": client.port} if client else None,
         "path_params": connection.path_params,
-        "query_params": lists(connection.query_params.multi_items()),
+        "query_params": group_by_key(connection.query_params.multi_items()),
         "headers": [[n.decode("latin-1"), v.decode("latin-1")] for n, v in connection.headers.raw],
         "cookies": connection.cookies,
         "state": {"request_id": connection.state.request_id},
@@ -647,7 +648,7 @@ async def read_form(request: Request) -> tuple[dict[str, list[str]], list[dict[s
     """The fields of a form, every value a list, and what its files are."""
     async with request.form() as form:
         items = form.multi_items()
-        fields = lists((key, value) for key, value in items if isinstance(value, str))
+        fields = group_by_key((key, value) for key, value in items if isinstance(value, str))
         files = [
             {
                 "field": key,
@@ -667,10 +668,8 @@ async def read_form(request: Request) -> tuple[dict[str, list[str]], list[dict[s
 
 
 # No methods: any method, the ones that nobody has thought of yet too.
-@app.api_route("/inspect", methods=[], include_in_schema=False, name="inspect",
-               generate_unique_id_function=lambda route: route.path)  # fmt: skip
-@app.api_route("/inspect/{path:path}", methods=[], include_in_schema=False, name="inspect_path",
-               generate_unique_id_function=lambda route: route.path)  # fmt: skip
+@app.api_route("/inspect", methods=[], include_in_schema=False, operation_id="inspect")
+@app.api_route("/inspect/{path:path}", methods=[], include_in_schema=False, operation_id="inspect_")
 async def inspect(request: Request) -> dict[str, Any]:
     body = await request.body()  # kept by the request, so the form can be read from it
     fields, files = await read_form(request)
@@ -744,24 +743,16 @@ async def body_twice(request: Request) -> dict[str, Any]:
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async def error_of(reading: Awaitable[Any]) -> str | None:
-        try:
-            await reading
-        except Exception as error:  # any: which one it is, is the answer
-            return f"{type(error).__name__}: {getattr(error, 'detail', error)}"
-        return None
-
     reads = []
-    for first, read_first in READS.items():
-        for second, read_second in READS.items():
-            fresh = Request(request.scope, replay)
-            error = await error_of(read_first(fresh))
-            if error:
-                reads.append({"first": first, "second": None, "works": False, "error": error})
-                break
-            error = await error_of(read_second(fresh))
-            reads.append({"first": first, "second": second, "works": not error, "error": error})
-            await fresh.close()
+    for first, second in itertools.product(READS, repeat=2):
+        fresh, error = Request(request.scope, replay), None
+        try:
+            await READS[first](fresh)
+            await READS[second](fresh)
+        except Exception as problem:  # any: which one it is, is the answer
+            error = f"{type(problem).__name__}: {getattr(problem, 'detail', problem)}"
+        await fresh.close()
+        reads.append({"first": first, "second": second, "works": not error, "error": error})
     return {"reads": reads}
 
 
@@ -792,6 +783,29 @@ async def receive_text(websocket: WebSocket) -> str:
     if isinstance(frame, bytes):
         raise WebSocketException(1003, "Text frames only")
     return frame
+
+
+@app.exception_handler(WebSocketException)
+async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
+    """Close a socket with a code and a reason that its client can see.
+
+    A socket that is closed before it is accepted reaches a browser as a bare 1006, whatever
+    was said; so it is accepted first. The time limit is for a client that does not read.
+    """
+    log.info("closed %s: %d %s", websocket.url.path, error.code, error.reason)
+    if websocket.application_state is WebSocketState.CONNECTING:
+        await websocket.accept(choose_subprotocol(websocket))
+    if websocket.application_state is WebSocketState.CONNECTED:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(websocket.close(error.code, error.reason), timeout=1)
+
+
+CHAT_PROTOCOL = "lobby.v1"
+
+
+def choose_subprotocol(websocket: WebSocket) -> str | None:
+    """A browser that offers subprotocols drops a connection that picks none of them."""
+    return CHAT_PROTOCOL if CHAT_PROTOCOL in websocket.scope["subprotocols"] else None
 
 
 @app.websocket("/ws-endpoint")
@@ -855,7 +869,8 @@ async def side_by_side(*coroutines: Coroutine[Any, Any, None]) -> None:
 #
 # A socket's handshake carries little, so context is often made over HTTP first and then
 # named by an id. Whoever knows the id is in, hence it is unguessable. Each socket has a
-# queue and a writer of its own: a sender fills queues and never waits for a slow reader.
+# queue and a writer of its own: a sender fills queues and never waits for a slow reader,
+# who is closed when its queue is full.
 # ======================================================================================
 
 SESSION_SECONDS = 3600  # after the last use
@@ -872,7 +887,7 @@ class Session:
     user_agent: str | None
     created_at: float  # seconds since 1970, UTC
     used_at: float  # on the monotonic clock
-    queues: set[asyncio.Queue[str]] = field(default_factory=set)
+    queues: set[asyncio.Queue[str | None]] = field(default_factory=set)
 
     def expires_in(self) -> int:
         """Seconds until it ends; an open socket keeps it alive."""
@@ -880,11 +895,12 @@ class Session:
         return max(0, round(SESSION_SECONDS - idle))
 
     def send(self, text: str) -> None:
-        """Queue a text for every socket. One whose queue is full misses it: see ``write``."""
+        """Queue a text for every socket; in a full queue, the end of it instead: None."""
         self.used_at = time.monotonic()
-        for queue in self.queues:
-            if not queue.full():
-                queue.put_nowait(text)
+        for queue in list(self.queues):
+            queue.put_nowait(text if queue.qsize() < SESSION_QUEUE else None)
+            if queue.qsize() > SESSION_QUEUE:
+                self.queues.discard(queue)
 
 
 class Sessions(dict[str, Session]):
@@ -935,15 +951,16 @@ async def session_socket(websocket: WebSocket, session_id: str, sessions: AllSes
     if session is None:
         raise WebSocketException(1008, "Unknown session")
     await websocket.accept()
-    queue: asyncio.Queue[str] = asyncio.Queue(SESSION_QUEUE)
+    queue: asyncio.Queue[str | None] = asyncio.Queue()
 
     async def read() -> None:
         while True:
             session.send(f"Session {session.id}: {await receive_text(websocket)}")
+            await asyncio.sleep(0)  # many frames may have come at once: let the writers go between
 
     async def write() -> None:
-        while not queue.full():
-            await websocket.send_text(await queue.get())
+        while (text := await queue.get()) is not None:
+            await websocket.send_text(text)
         raise WebSocketException(1013, "Too slow")
 
     session.queues.add(queue)
@@ -958,13 +975,17 @@ async def session_socket(websocket: WebSocket, session_id: str, sessions: AllSes
 # 7. Knowing a user
 #
 # A password is checked once, slowly on purpose, and exchanged for a token: a signed note
-# that says who its bearer is and until when. The signature makes the token trustworthy
-# without a look-up; that the bearer still exists and has not logged out is looked up
-# each time. What a person may do is never in the token: it would be true for too long.
+# that says who its bearer is and until when. The signature proves that the note is ours;
+# that its bearer still exists and has not logged out is looked up each time. What a person
+# may do is never in the token: it would be true for too long.
 # ======================================================================================
 
 # Letters that cannot be seen, by which one name could pass for another.
 INVISIBLE = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+
+
+# Before normalising, which takes time that grows with the square of some texts' length.
+MAX_NAME = 64  # characters
 
 
 def clean_name(name: str) -> str:
@@ -972,7 +993,8 @@ def clean_name(name: str) -> str:
 
     Letters, digits, ``_`` and ``-`` of any script; marks too, which many scripts spell with.
     """
-    name = unicodedata.normalize("NFKC", name)
+    if len(name) <= MAX_NAME:
+        name = unicodedata.normalize("NFKC", name)
     kinds = "".join("_" if c in "_-" else unicodedata.category(c)[0] for c in name)
     if not re.fullmatch(r"[LN_][LMN_]{0,31}", kinds) or re.search(INVISIBLE, name):
         raise PydanticCustomError("bad_name", "1 to 32 letters, digits, '_' or '-' are a name")
@@ -980,12 +1002,15 @@ def clean_name(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """A name without regard to case, to find a person by."""
+    """A name without regard to case, to find a person by; too long a one is nobody's."""
+    if len(name) > MAX_NAME:
+        return ""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 # OWASP Password Storage Cheat Sheet, scrypt: 16 MiB and about 0.2 s for each guess.
 SCRYPT = {"n": 2**14, "r": 8, "p": 5}
+MAX_PASSWORD = 128  # characters
 NO_PASSWORD = f"{'00' * 16}${'00' * 64}"  # what a name that nobody has is checked against
 # Never in the loop, and never more at once than these, whatever the number of log-ins.
 password_threads = ThreadPoolExecutor(2, thread_name_prefix="password")
@@ -1022,12 +1047,15 @@ class Identity(NamedTuple):
 class Unauthorized(Exception):
     """Why a token is refused; the text goes to its bearer."""
 
+    def __str__(self) -> str:
+        return f"Unauthorized: {self.args[0]}"
+
 
 class Tokens:
     """Makes and reads JSON Web Tokens, signed with HMAC-SHA256 (RFC 7519, RFC 7518)."""
 
     def __init__(self, settings: Settings) -> None:
-        self.secret = settings.secret or kept_secret(settings.db)
+        self.secret = settings.secret or load_or_create_secret(settings.db)
         self.seconds = settings.token_minutes * 60
 
     def issue(self, user: str) -> dict[str, Any]:
@@ -1042,7 +1070,7 @@ class Tokens:
         token = jwt.encode(claims, self.secret, algorithm="HS256")
         return {"access_token": token, "token_type": "bearer", "expires_in": round(self.seconds)}
 
-    def read(self, token: str | None) -> dict[str, Any]:
+    def verify(self, token: str | None) -> dict[str, Any]:
         """The claims of a good token. Raises Unauthorized for any other."""
         if not token:
             raise Unauthorized("No token provided")
@@ -1063,7 +1091,7 @@ class Tokens:
         return claims
 
 
-def kept_secret(db: Path) -> bytes:
+def load_or_create_secret(db: Path) -> bytes:
     """The key beside the database, made at the first start, readable by its owner only."""
     path = db.with_name(f"{db.name}.secret")
     try:
@@ -1085,11 +1113,27 @@ AllTokens = Annotated[Tokens, from_state("tokens")]
 Database = Annotated[Storage, from_state("storage")]
 
 
-async def identify(connection: HTTPConnection, token: str | None) -> Identity:
-    """Who bears this token, by what is stored about them now. Raises Unauthorized."""
-    claims = connection.app.state.tokens.read(token)
-    storage: Storage = connection.app.state.storage
-    bearer = await storage.bearer(folded(claims["sub"]), claims["jti"])
+oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
+
+
+async def identify(
+    connection: HTTPConnection,
+    storage: Database,
+    tokens: AllTokens,
+    token: Annotated[str | None, Depends(oauth2)],
+) -> Identity:
+    """A dependency of routes and sockets: who is there. Raises Unauthorized.
+
+    The token comes as ``Authorization: Bearer`` (RFC 6750). A socket may also bring it in its
+    query, or as a second subprotocol, because a browser's sockets cannot send that header
+    and a secret should not be in a URL.
+    """
+    if isinstance(connection, WebSocket):
+        offers = [p for p in connection.scope["subprotocols"] if p.startswith("bearer.")]
+        offered = offers[0].removeprefix("bearer.") if offers else None
+        token = token or connection.query_params.get("token") or offered
+    claims = tokens.verify(token)
+    bearer = await storage.find_bearer(folded(claims["sub"]), claims["jti"])
     if bearer is None:
         raise Unauthorized("Invalid token")
     name, role, logged_out = bearer
@@ -1098,36 +1142,16 @@ async def identify(connection: HTTPConnection, token: str | None) -> Identity:
     return Identity(name, role, claims["jti"], claims["exp"])
 
 
-oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
+Me = Annotated[Identity, Depends(identify)]
 
 
-async def identify_request(
-    request: Request, token: Annotated[str | None, Depends(oauth2)]
-) -> Identity:
-    """A dependency: who makes this request. Answers 401 to nobody we know."""
-    try:
-        return await identify(request, token)
-    except Unauthorized as refusal:
-        bearer = {"WWW-Authenticate": "Bearer"}
-        raise HTTPException(401, f"Unauthorized: {refusal}", bearer) from None
-
-
-async def identify_socket(websocket: WebSocket, token: str | None = None) -> Identity:
-    """A dependency: who opens this socket. Closes with 1008 on nobody we know.
-
-    The token may come in the query, as ``Authorization: Bearer``, or, because a browser
-    can set neither header nor should put a secret in a URL, as a second subprotocol.
-    """
-    scheme, _, bearer = websocket.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        token = token or bearer.strip()
-    for protocol in websocket.scope["subprotocols"]:
-        if protocol.startswith("bearer."):
-            token = token or protocol.removeprefix("bearer.")
-    try:
-        return await identify(websocket, token)
-    except Unauthorized as refusal:
-        raise WebSocketException(1008, f"Unauthorized: {refusal}") from None
+@app.exception_handler(Unauthorized)
+async def unauthorized(connection: Request | WebSocket, error: Unauthorized) -> Response | None:
+    """Over HTTP it is a 401 (RFC 6750, section 3); a socket is closed with 1008."""
+    if isinstance(connection, WebSocket):
+        await close_socket(connection, WebSocketException(1008, str(error)))
+        return None
+    return JSONResponse({"detail": str(error)}, 401, {"WWW-Authenticate": "Bearer"})
 
 
 async def check_origin(websocket: WebSocket) -> None:
@@ -1146,12 +1170,43 @@ async def check_origin(websocket: WebSocket) -> None:
         raise WebSocketException(1008, "Wrong origin")  # answered already: this is for the log
 
 
-Me = Annotated[Identity, Depends(identify_request)]
-SocketOwner = Annotated[Identity, Depends(identify_socket)]
+class Tether:
+    """By which an open socket is ended from elsewhere: its token expired or was logged out."""
+
+    def __init__(self, owner: Identity) -> None:
+        self.owner = owner
+        self.cut: asyncio.Future[WebSocketException] = asyncio.get_running_loop().create_future()
+
+    def end(self, code: int, reason: str) -> None:
+        """Make the socket's handler close it; the first code and reason count."""
+        if not self.cut.done():
+            self.cut.set_result(WebSocketException(code, reason))
+
+    async def hold(self) -> None:
+        """Wait for ``end``, and raise its code and reason."""
+        raise await self.cut
+
+
+Tethers = Annotated[set[Tether], from_state("tethers")]
+
+
+@contextmanager
+def tethered(owner: Identity, tethers: set[Tether]) -> Iterator[Tether]:
+    """Within this block the socket can be ended, and is when its token expires."""
+    tether = Tether(owner)
+    tethers.add(tether)
+    expiry = asyncio.get_running_loop().call_later(
+        owner.exp - time.time(), tether.end, 1008, "Unauthorized: Token expired"
+    )
+    try:
+        yield tether
+    finally:
+        expiry.cancel()
+        tethers.discard(tether)
 
 
 class Credentials(BaseModel):
-    """A log-in. What is wrong with a password's form is not told: it is a wrong password."""
+    """A log-in. Too short or too long a password is a wrong one like any other."""
 
     username: str
     password: str
@@ -1161,13 +1216,13 @@ class Registration(BaseModel):
     """A new person."""
 
     username: Annotated[str, AfterValidator(clean_name)]
-    password: str = Field(min_length=8, max_length=128)
+    password: str = Field(min_length=8, max_length=MAX_PASSWORD)
 
 
 async def log_in(storage: Storage, tokens: Tokens, username: str, password: str) -> dict[str, Any]:
     """A token for the right password, else 401. An unknown name takes as long as a known one."""
-    name, hashed = await storage.password(folded(username)) or ("", NO_PASSWORD)
-    if not await verify_password(password, hashed):
+    name, hashed = await storage.find_password(folded(username)) or ("", NO_PASSWORD)
+    if not await verify_password(password[: MAX_PASSWORD + 1], hashed):
         log.info("refused log-in as %r", username[:32])
         raise HTTPException(401, "Bad username or password", {"WWW-Authenticate": "Bearer"})
     return tokens.issue(name)
@@ -1200,12 +1255,26 @@ async def me(me: Me) -> dict[str, Any]:
     return {"username": me.user, "role": me.role}
 
 
+@app.post("/logout", status_code=204)
+async def logout(me: Me, storage: Database, tethers: Tethers) -> None:
+    """Refuse this token from now on, and close the sockets that were opened with it."""
+    await storage.revoke(me.jti, me.exp)
+    for tether in tethers:
+        if tether.owner.jti == me.jti:
+            tether.end(1008, "Unauthorized: Logged out")
+
+
 @app.websocket("/ws/protected", dependencies=[Depends(check_origin)])
-async def protected(websocket: WebSocket, owner: SocketOwner) -> None:
+async def protected(websocket: WebSocket, me: Me, tethers: Tethers) -> None:
     await websocket.accept()
-    await websocket.send_text(f"Hello {owner.user}, you are authenticated!")
-    while True:
-        await websocket.send_text(f"{owner.user} says: {await receive_text(websocket)}")
+    await websocket.send_text(f"Hello {me.user}, you are authenticated!")
+
+    async def answer() -> None:
+        while True:
+            await websocket.send_text(f"{me.user} says: {await receive_text(websocket)}")
+
+    with tethered(me, tethers) as tether:
+        await side_by_side(answer(), tether.hold())
 
 
 async def add_demo_people(storage: Storage) -> None:
@@ -1235,7 +1304,7 @@ async def add_demo_people(storage: Storage) -> None:
 # be interrupted is a plain function without `await`.
 # ======================================================================================
 
-WINDOW = 1_000  # newest messages, and newest events, that an open room keeps in memory
+WINDOW = 1_000  # newest events that an open room keeps, and most messages that are resumed
 HISTORY = 50  # messages shown on joining
 MAX_BATCH = 250  # messages in one transaction; well below WINDOW, or batches outrun readers
 MAX_PENDING = 10_000  # messages that may wait for the disk before new ones are refused
@@ -1288,46 +1357,27 @@ class Batch:
 
 
 class Room:
-    """An open room: its followers, its newest messages, and the log that followers read.
-
-    ``messages`` is for those who come: history, and the resuming of a lost connection.
-    ``batches`` is for those who are here: it has the notices too, in the one order that
-    every follower sees. Both are bounded by WINDOW.
-    """
+    """An open room: its followers, and the newest part of its log, notices included."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.followers: set[Client] = set()
-        self.sockets: Counter[str] = Counter()  # of each person that is here
-        self.messages: deque[Event] = deque(maxlen=WINDOW)
-        self.forgotten = 0  # messages up to this id may be missing from `messages`
         self.batches: list[Batch] = []
         self.first = 0  # the number of batches[0]
         self.events = 0  # in all batches
-        self.loading: asyncio.Task[None]
 
     @property
     def end(self) -> int:
         """The cursor of a client that has read everything."""
         return self.first + len(self.batches)
 
-    async def load(self, storage: Storage) -> None:
-        """Put the stored past before what has been appended since the room was opened."""
-        stored, more = await storage.page(self.name, WINDOW)
-        oldest = self.messages[0]["id"] if self.messages else MAX_ID
-        past = [message for message in stored if message["id"] < oldest]
-        known = [*past, *self.messages]
-        self.messages = deque(known, WINDOW)
-        if more or len(known) > WINDOW:
-            self.forgotten = max(self.forgotten, self.messages[0]["id"] - 1)
+    @property
+    def people(self) -> set[str]:
+        """Who is here, with however many sockets."""
+        return {client.owner.user for client in self.followers}
 
     def append(self, events: Sequence[Event]) -> None:
         """Add a batch, forget what the window no longer holds, and wake the followers."""
-        for event in events:
-            if event["type"] == "message":
-                if len(self.messages) == WINDOW:
-                    self.forgotten = self.messages[0]["id"]
-                self.messages.append(event)
         self.batches.append(Batch(events))
         self.events += len(events)
         while self.events > WINDOW and len(self.batches) > 1:
@@ -1342,23 +1392,6 @@ class Room:
             raise LookupError(cursor)
         return self.batches[cursor - self.first :]
 
-    def history(self, after: int | None) -> Event:
-        """All messages since ``after``; the newest ones if there is none, or it is too old."""
-        complete = after is None or after >= self.forgotten
-        if after is not None and complete:
-            messages = [message for message in self.messages if message["id"] > after]
-            more = False
-        else:
-            messages = list(self.messages)[-HISTORY:]
-            more = len(self.messages) > HISTORY
-        return {
-            "type": "history",
-            "room": self.name,
-            "messages": messages,
-            "more": more,
-            "complete": complete,
-        }
-
 
 class Client:
     """One open chat socket: who holds it, and how far it has read each of its rooms.
@@ -1367,30 +1400,21 @@ class Client:
     something to it alone puts that into ``outbox`` and wakes it.
     """
 
-    def __init__(self, websocket: WebSocket, owner: Identity, encode: Encode) -> None:
+    def __init__(self, websocket: WebSocket, tether: Tether, encode: Encode) -> None:
         self.websocket = websocket
-        self.owner = owner
+        self.tether = tether
+        self.owner = tether.owner
         self.encode = encode
         self.cursors: dict[Room, int] = {}
         self.outbox: list[Event] = []
-        self.wake = asyncio.Event()
-        self.verdict: WebSocketException | None = None
-        self.over = asyncio.Event()
-
-    def end(self, code: int, reason: str) -> None:
-        """Make the socket's handler close it; the first code and reason count."""
-        self.verdict = self.verdict or WebSocketException(code, reason)
-        self.over.set()
-
-    async def ended(self) -> None:
-        """Wait for ``end``, and raise its code and reason."""
-        await self.over.wait()
-        raise self.verdict or WebSocketException(1011)
+        self.wake = asyncio.Event()  # there is something new to send
+        self.taken = asyncio.Event()  # nothing is left in the outbox
 
     def take(self) -> list[str]:
         """The frames of all that is new for this client, or of much of it; moves its cursors."""
         frames = self.encode(self.outbox) if self.outbox else []
         self.outbox = []
+        self.taken.set()
         size = sum(map(len, frames))
         for room in self.cursors:
             for batch in room.since(self.cursors[room]):
@@ -1416,8 +1440,41 @@ class Client:
                 await self.websocket.send_text(frame)
 
 
+class RateLimit:
+    """So many messages a second for each person, and bursts of three times that.
+
+    The generic cell rate algorithm: of each person only the time is kept at which they
+    will have used up nothing, and each message moves it on by 1/rate.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.step = 1 / rate if rate else 0.0  # seconds
+        self.burst = (max(1.0, 3 * rate) - 1) * self.step
+        self.free_at: dict[str, float] = {}
+
+    def retry_after(self, user: str) -> float:
+        """0 if they may send now, which counts; else the seconds until they may."""
+        now = time.monotonic()
+        free_at = max(now, self.free_at.get(user, now))
+        if free_at - now > self.burst:
+            return round(free_at - now - self.burst, 3)
+        self.free_at[user] = free_at + self.step
+        if len(self.free_at) > 10_000:
+            self.free_at = {name: at for name, at in self.free_at.items() if at > now}
+        return 0
+
+
+def history_event(room: str, messages: list[Event], more: bool, complete: bool = True) -> Event:
+    event: Event = {"type": "history", "room": room, "messages": messages}
+    return event | {"more": more, "complete": complete}
+
+
 class ConnectionManager:
-    """Owns the rooms and the clients, and the one way by which messages enter rooms."""
+    """Owns the rooms and the clients, and the one way by which events enter rooms.
+
+    Notices take that way too: were they announced at once, somebody would be said to have
+    left before their last message.
+    """
 
     def __init__(self, storage: Storage, settings: Settings) -> None:
         self.storage = storage
@@ -1425,7 +1482,7 @@ class ConnectionManager:
         self.sockets_per_user = settings.sockets_per_user
         self.rooms: dict[str, Room] = {}
         self.clients: set[Client] = set()
-        self.pending: list[Draft | Event] = []  # in the order of their coming
+        self.pending: list[Draft | Event] = []  # in order of arrival
         self.posted = asyncio.Event()
         self.stopping = False
 
@@ -1433,7 +1490,7 @@ class ConnectionManager:
 
     def connect(self, client: Client) -> None:
         """Let a client in. Closes it with 1013 when its owner has too many sockets open."""
-        open_sockets = sum(other.owner.user == client.owner.user for other in self.clients)
+        open_sockets = len(self.online().get(client.owner.user, ()))
         if self.sockets_per_user and open_sockets >= self.sockets_per_user:
             raise WebSocketException(1013, "Too many sockets")
         self.clients.add(client)
@@ -1447,79 +1504,76 @@ class ConnectionManager:
     def send_personal_message(self, event: Event, client: Client) -> None:
         """Say something to one client. One that lets too much pile up is closed with 1013."""
         client.outbox.append(event)
+        client.taken.clear()
         client.wake.set()
         if len(client.outbox) > MAX_OUTBOX:
-            client.end(1013, "Too slow")
-
-    def end_all(self, code: int, reason: str, which: Callable[[Identity], bool]) -> None:
-        """Close the sockets of those owners."""
-        for client in self.clients:
-            if which(client.owner):
-                client.end(code, reason)
+            client.tether.end(1013, "Too slow")
 
     def online(self) -> dict[str, list[Client]]:
-        """The people with open sockets, by name, and these."""
-        clients = sorted(self.clients, key=lambda client: client.owner.user)
-        return lists((client.owner.user, client) for client in clients)
+        """The open sockets of each person who has any."""
+        return group_by_key((client.owner.user, client) for client in self.clients)
 
     # -- Rooms ------------------------------------------------------------------------
 
-    async def join(self, client: Client, name: str, after: int | None = None) -> Room:
-        """Follow a room: load it if nobody does yet, then show its past and who is here.
+    async def history(self, room: str, after: int | None, epoch: str | None) -> Event:
+        """All messages since ``after``; the newest ones if there is none, or it is no use.
 
-        From the history to the cursor nothing is awaited, so no message falls between
-        them. Joining again shows the past again. Raises Unavailable.
+        It is no use if more than WINDOW messages have come since, or if it is the id of
+        another database's message.
         """
-        room = self.rooms.get(name)
-        if room is None:
-            room = self.rooms[name] = Room(name)
-            room.loading = asyncio.create_task(room.load(self.storage))
-        room.followers.add(client)  # keeps the room open meanwhile
-        try:
-            await asyncio.shield(room.loading)
-        except BaseException:
-            self._unfollow(client, room)
-            raise
+        storage = self.storage
+        if after is not None and epoch in (None, storage.epoch) and after <= storage.last_id:
+            messages, more = await storage.page(room, WINDOW, after=after)
+            if not more:
+                return history_event(room, messages, more)
+        messages, more = await storage.page(room, HISTORY)
+        return history_event(room, messages, more, complete=after is None)
+
+    async def join(
+        self, client: Client, name: str, after: int | None = None, epoch: str | None = None
+    ) -> None:
+        """Show a room's past and who is here, and follow it from now on.
+
+        No message falls between the past and now, or into both: one thread stores and reads,
+        and its answers come back in the order they were asked for. So when the history is
+        here, the log has had exactly the messages before it. Joining again shows it again.
+        """
+        past = None
+        if client.encode is as_json or after is not None:
+            past = await self.history(name, after, epoch)
+        room = self.rooms.setdefault(name, Room(name))
+        is_new = client.owner.user not in room.people
         if room in client.cursors:
             self._flush(client, room)
-        else:
-            room.sockets[client.owner.user] += 1
-        if client.encode is as_json or after is not None:
-            self.send_personal_message(room.history(after), client)
-        presence = {"type": "presence", "room": name, "users": sorted(room.sockets)}
-        self.send_personal_message(presence, client)
-        if room not in client.cursors and room.sockets[client.owner.user] == 1:
-            self.announce({"type": "joined", "room": name, "user": client.owner.user})
+        if past:
+            self.send_personal_message(past, client)
+        room.followers.add(client)
         client.cursors[room] = room.end
-        return room
+        presence = {"type": "presence", "room": name, "users": sorted(room.people)}
+        self.send_personal_message(presence, client)
+        if is_new:
+            self.announce({"type": "joined", "room": name, "user": client.owner.user})
 
     def leave(self, client: Client, room: Room) -> None:
         """Stop following a room, once what was already said in it is on its way."""
         self._flush(client, room)
         del client.cursors[room]
-        user = client.owner.user
-        room.sockets[user] -= 1
-        if not room.sockets[user]:
-            del room.sockets[user]
-            self.announce({"type": "left", "room": room.name, "user": user})
-        self._unfollow(client, room)
+        room.followers.discard(client)
+        if client.owner.user not in room.people:
+            self.announce({"type": "left", "room": room.name, "user": client.owner.user})
+        if not room.followers:
+            del self.rooms[room.name]
 
     def _flush(self, client: Client, room: Room) -> None:
-        """Move what the client has not read of a room to its outbox."""
         with suppress(LookupError):
             for batch in room.since(client.cursors[room]):
                 client.outbox += batch.events
-
-    def _unfollow(self, client: Client, room: Room) -> None:
-        room.followers.discard(client)
-        if not room.followers and self.rooms.get(room.name) is room:
-            del self.rooms[room.name]
 
     # -- Messages ---------------------------------------------------------------------
 
     def post(self, draft: Draft) -> None:
         """Queue a message for storing. Raises Refused, and keeps nothing, when it may not be."""
-        if wait := self.limit.wait(draft.user):
+        if wait := self.limit.retry_after(draft.user):
             raise Refused("rate_limited", "You are sending too fast", retry_after=wait)
         if len(self.pending) >= MAX_PENDING:
             raise Refused("unavailable", "Too much waits to be stored, try again", retry_after=1)
@@ -1549,19 +1603,15 @@ class ConnectionManager:
 
     async def _commit(self, batch: Sequence[Draft | Event]) -> None:
         drafts = [item for item in batch if isinstance(item, Draft)]
-        try:
-            stored: list[tuple[Event | None, bool]] = []
-            if drafts:
-                stored += await self.storage.append(drafts)
-        except Unavailable:
-            log.exception("could not store %d messages", len(drafts))
-            stored = [(None, False)] * len(drafts)
-        fates = iter(stored)
-        by_room: dict[str, list[Event]] = {}
-        for item in batch:
-            event, is_new = next(fates) if isinstance(item, Draft) else (item, True)
-            if event and is_new:
-                by_room.setdefault(event["room"], []).append(event)
+        stored: list[tuple[Event | None, bool]] = [(None, False)] * len(drafts)
+        if drafts:
+            with suppress(Refused):  # logged where it failed; each sender is told below
+                stored = [*await self.storage.append(drafts)]
+        outcomes = iter(stored)
+        shown = [next(outcomes) if isinstance(item, Draft) else (item, True) for item in batch]
+        by_room = group_by_key(
+            (event["room"], event) for event, is_new in shown if event and is_new
+        )
         for room, events in by_room.items():
             self.broadcast(room, events)
         for draft, (event, is_new) in zip(drafts, stored, strict=True):
@@ -1578,44 +1628,12 @@ class ConnectionManager:
         self.posted.set()
 
 
-class Refused(Exception):
-    """Why something was not done: one of the codes of ``lobby.v1``'s error event, and words."""
-
-    def __init__(self, code: str, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.retry_after = retry_after  # seconds
-
-
-class RateLimit:
-    """So many messages a second for each person, and bursts of three times that.
-
-    The generic cell rate algorithm: of each person only the time is kept at which they
-    will have used up nothing, and each message moves it on by 1/rate.
-    """
-
-    def __init__(self, rate: float) -> None:
-        self.step = 1 / rate if rate else 0.0  # seconds
-        self.burst = (max(1.0, 3 * rate) - 1) * self.step
-        self.free_at: dict[str, float] = {}
-
-    def wait(self, user: str) -> float:
-        """0 if they may send now, which counts; else the seconds until they may."""
-        now = time.monotonic()
-        free_at = max(now, self.free_at.get(user, now))
-        if free_at - now > self.burst:
-            return round(free_at - now - self.burst, 3)
-        self.free_at[user] = free_at + self.step
-        if len(self.free_at) > 10_000:
-            self.free_at = {name: at for name, at in self.free_at.items() if at > now}
-        return 0
-
-
 # ======================================================================================
 # 9. The chat
 #
-# What remains is to check what clients send, and to say it in the words of chapter 8.
-# Every wrong input is answered with an error that names it, and the socket stays open.
+# A client may send anything at any time. So what it may say is a closed set of types, each
+# checked in one place; what is wrong is answered with an error event that names it, and
+# the socket stays open. Whatever is right is then a line or two in the words of chapter 8.
 # ======================================================================================
 
 MAX_TEXT = 4_000  # characters
@@ -1625,7 +1643,9 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff]")
 
 def clean_text(text: str) -> str:
     """A message's text in its one spelling (NFC), trimmed. Raises ValueError for a bad one."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
+    text = text.replace("\r\n", "\n").strip()
+    if len(text) <= 2 * MAX_TEXT:  # normalising a longer one could take seconds
+        text = unicodedata.normalize("NFC", text)
     if not text:
         raise PydanticCustomError("invalid", "The text is empty")
     if len(text) > MAX_TEXT:
@@ -1687,122 +1707,13 @@ incoming: TypeAdapter[AnyIncoming] = TypeAdapter(
 )
 text_only: TypeAdapter[str] = TypeAdapter(Text)
 
-Manager = Annotated[ConnectionManager, from_state("manager")]
 
-
-def refusal(error: ValidationError) -> Refused:
+def invalid(error: ValidationError) -> Refused:
     """The first thing that is wrong, as an error event says it."""
     first = error.errors(include_url=False, include_input=False)[0]
     code = first["type"] if first["type"] in ("too_long", "unknown_room") else "invalid"
     where = ".".join(map(str, first["loc"][1:]))  # without the event's type
     return Refused(code, f"{where}: {first['msg']}" if where else first["msg"])
-
-
-class Conversation:
-    """What one client says, understood and done."""
-
-    def __init__(self, client: Client, manager: ConnectionManager) -> None:
-        self.client = client
-        self.manager = manager
-
-    def tell(self, event: Event) -> None:
-        self.manager.send_personal_message(event, self.client)
-
-    def tell_error(self, error: Refused, mid: str | None = None) -> None:
-        event: Event = {"type": "error", "code": error.code, "message": str(error)}
-        extra = {"mid": mid, "retry_after": error.retry_after}
-        self.tell(event | {key: value for key, value in extra.items() if value is not None})
-
-    async def read(self, first: dict[str, str]) -> None:
-        """The reader: do ``first``, then what each frame asks for, until the client leaves."""
-        is_json = self.client.encode is as_json
-        await self.attempt(self.enter(first))
-        while True:
-            frame = await receive_text(self.client.websocket)
-            await self.attempt(self.hear_json(frame) if is_json else self.hear_plain(frame))
-            await asyncio.sleep(0)  # many frames may have come at once: let others go between
-
-    async def attempt(self, step: Awaitable[None]) -> None:
-        """Do something that may fail for one of the reasons that an error event can tell."""
-        try:
-            await step
-        except ValidationError as error:
-            self.tell_error(refusal(error))
-        except Unavailable as error:
-            log.error("the database failed", exc_info=error)
-            self.tell_error(Refused("unavailable", "The database failed, try again"))
-
-    async def enter(self, query: dict[str, str]) -> None:
-        """Join the room that the socket's URL asks for."""
-        await self.do(incoming.validate_strings({"type": "join"} | query, strict=False))
-
-    def post(self, room: str, text: str, mid: str | None) -> None:
-        """Send a message. What becomes of it comes back through the room, or by an error."""
-
-        def done(event: Event | None, is_new: bool) -> None:
-            if event is None:
-                self.tell_error(Refused("unavailable", "Could not be stored, try again"), mid)
-            elif not is_new or room not in (followed.name for followed in self.client.cursors):
-                self.tell(event)  # it reaches its sender in no other way
-
-        try:
-            self.manager.post(Draft(room, self.client.owner.user, text, mid, done))
-        except Refused as error:
-            self.tell_error(error, mid)
-
-    async def join(self, room: str, after: int | None, epoch: str | None) -> None:
-        """Join, and say so if ``after`` cannot be honoured: it is from another database."""
-        storage = self.manager.storage
-        if after is not None and (epoch not in (None, storage.epoch) or after > storage.last_id):
-            after = -1  # older than anything: never complete
-        if len(self.client.cursors) >= MAX_ROOMS:
-            self.tell_error(Refused("forbidden", f"Only {MAX_ROOMS} rooms on one socket"))
-        else:
-            await self.manager.join(self.client, room, after)
-
-    # -- lobby.v1 ---------------------------------------------------------------------
-
-    async def hear_json(self, frame: str) -> None:
-        for line in frame.split("\n"):
-            if self.client.verdict:
-                break  # it sent more nonsense than it read answers
-            try:
-                await self.do(incoming.validate_json(line))
-            except ValidationError as error:
-                self.tell_error(refusal(error), mid_of(line))
-
-    async def do(self, event: AnyIncoming) -> None:
-        match event:
-            case SendMessage():
-                self.post(event.room, event.text, event.mid)
-            case JoinRoom():
-                await self.join(event.room, event.after, event.epoch)
-            case LeaveRoom():
-                for room in [room for room in self.client.cursors if room.name == event.room]:
-                    self.manager.leave(self.client, room)
-            case GetHistory():
-                page = await self.manager.storage.page(event.room, event.limit, event.before)
-                self.tell({"type": "history", "room": event.room, "messages": page[0]}
-                          | {"more": page[1], "complete": True})  # fmt: skip
-
-    # -- Plain text -------------------------------------------------------------------
-
-    async def hear_plain(self, frame: str) -> None:
-        if frame.startswith("/"):
-            self.command(frame)
-        else:
-            for room in self.client.cursors:
-                self.post(room.name, text_only.validate_python(frame), None)
-
-    def command(self, line: str) -> None:
-        match line.split():
-            case ["/who"]:
-                for room in self.client.cursors:
-                    self.tell({"type": "text", "text": f"Here: {', '.join(sorted(room.sockets))}"})
-            case ["/help"]:
-                self.tell({"type": "text", "text": "/who  who is here\n/help  this text"})
-            case _:
-                self.tell_error(Refused("invalid", "unknown command; /help lists them"))
 
 
 def mid_of(line: str) -> str | None:
@@ -1812,53 +1723,127 @@ def mid_of(line: str) -> str | None:
     return mid if isinstance(mid, str) and len(mid) <= 64 else None
 
 
+class ChatHandler:
+    """What one client says, understood and done."""
+
+    def __init__(self, client: Client, manager: ConnectionManager) -> None:
+        self.client = client
+        self.manager = manager
+
+    def tell(self, event: Event) -> None:
+        self.manager.send_personal_message(event, self.client)
+
+    def tell_error(self, error: Refused, mid: str | None) -> None:
+        self.tell(error.event | ({"mid": mid} if mid else {}))
+
+    async def read(self, query: dict[str, str]) -> None:
+        """The reader: join what the URL asks for, then do what each frame asks for.
+
+        Who does not read its answers is not listened to. And as many frames may have come
+        at once, the others go between two of them.
+        """
+        await self.attempt(self.enter(query))
+        while True:
+            frame = await receive_text(self.client.websocket)
+            if self.client.encode is as_json:
+                for line in frame.split("\n"):
+                    await self.client.taken.wait()
+                    await self.attempt(self.handle_json(line), line)
+            else:
+                await self.client.taken.wait()
+                await self.attempt(self.handle_plain(frame), frame)
+            await asyncio.sleep(0)
+
+    async def attempt(self, step: Awaitable[None], frame: str = "") -> None:
+        """Do what a frame asks for, or tell why not."""
+        try:
+            await step
+        except ValidationError as error:
+            self.tell_error(invalid(error), mid_of(frame))
+        except Refused as error:
+            self.tell_error(error, mid_of(frame))
+
+    async def enter(self, query: dict[str, str]) -> None:
+        """Join the room that the socket's URL names, from where it says."""
+        request = {"room": "lobby"} | query | {"type": "join"}
+        await self.do(incoming.validate_strings(request, strict=False))
+
+    async def handle_json(self, line: str) -> None:
+        await self.do(incoming.validate_json(line))
+
+    async def handle_plain(self, frame: str) -> None:
+        match frame.split() if frame.startswith("/") else None:
+            case None:
+                text = text_only.validate_python(frame)
+                if not self.client.cursors:
+                    raise Refused("unknown_room", "You are in no room")
+                for room in self.client.cursors:
+                    self.post(room.name, text, None)
+            case ["/who"]:
+                for room in self.client.cursors:
+                    self.tell({"type": "text", "text": f"Here: {', '.join(sorted(room.people))}"})
+            case ["/help"]:
+                self.tell({"type": "text", "text": "/who  who is here\n/help  this text"})
+            case _:
+                raise Refused("invalid", "unknown command; /help lists them")
+
+    async def do(self, event: AnyIncoming) -> None:
+        match event:
+            case SendMessage():
+                self.post(event.room, event.text, event.mid)
+            case JoinRoom():
+                if len(self.client.cursors) >= MAX_ROOMS:
+                    raise Refused("forbidden", f"One socket follows at most {MAX_ROOMS} rooms")
+                await self.manager.join(self.client, event.room, event.after, event.epoch)
+            case LeaveRoom():
+                for room in [room for room in self.client.cursors if room.name == event.room]:
+                    self.manager.leave(self.client, room)
+            case GetHistory():
+                page = await self.manager.storage.page(event.room, event.limit, event.before)
+                self.tell(history_event(event.room, *page))
+
+    def post(self, room: str, text: str, mid: str | None) -> None:
+        """Send a message. What becomes of it comes back through the room, or to it alone."""
+
+        def done(event: Event | None, is_new: bool) -> None:
+            if event is None:
+                self.tell_error(Refused("unavailable", "Not stored, try again"), mid)
+            elif not is_new or room not in [followed.name for followed in self.client.cursors]:
+                self.tell(event)
+
+        self.manager.post(Draft(room, self.client.owner.user, text, mid, done))
+
+
+Manager = Annotated[ConnectionManager, from_state("manager")]
+
+
 @app.websocket("/ws/chat", dependencies=[Depends(check_origin)])
-async def chat(
-    websocket: WebSocket,
-    owner: SocketOwner,
-    manager: Manager,
-    room: str = "lobby",
-    after: str | None = None,
-    epoch: str | None = None,
-) -> None:
-    """The chat socket: one reader, one writer, and whatever ends it, side by side."""
-    query = {"room": room, "after": after, "epoch": epoch}
-    first = {name: value for name, value in query.items() if value is not None}
+async def chat(websocket: WebSocket, me: Me, manager: Manager, tethers: Tethers) -> None:
+    """The chat socket: a reader, a writer, and what may end it from elsewhere, side by side."""
     subprotocol = choose_subprotocol(websocket)
     await websocket.accept(subprotocol)
-    client = Client(websocket, owner, as_json if subprotocol else as_plain)
-    conversation = Conversation(client, manager)
-    manager.connect(client)
-    log.info("connected %r from %s", owner.user, client_host(websocket))
-    code = 1006
-    expiry = asyncio.get_running_loop().call_later(
-        owner.exp - time.time(), client.end, 1008, "Unauthorized: Token expired"
-    )
-    try:
-        welcome: Event = {"type": "welcome", "user": owner.user, "role": owner.role}
-        welcome |= {"epoch": manager.storage.epoch, "expires_at": owner.exp, "rooms": []}
-        conversation.tell(welcome)
-        await side_by_side(conversation.read(first), client.write(), client.ended())
-    except (WebSocketDisconnect, WebSocketException) as end:
-        code = end.code
-        raise
-    finally:
-        expiry.cancel()
-        manager.disconnect(client)
-        log.info("disconnected %r: %d", owner.user, code)
-
-
-@app.post("/logout", status_code=204)
-async def logout(me: Me, storage: Database, manager: Manager) -> None:
-    """Refuse this token from now on, and close the sockets that were opened with it."""
-    await storage.revoke(me.jti, me.exp)
-    manager.end_all(1008, "Unauthorized: Logged out", lambda owner: owner.jti == me.jti)
+    with tethered(me, tethers) as tether:
+        client = Client(websocket, tether, as_json if subprotocol else as_plain)
+        handler = ChatHandler(client, manager)
+        manager.connect(client)
+        log.info("connected %r from %s", me.user, client_host(websocket))
+        try:
+            welcome: Event = {"type": "welcome", "user": me.user, "role": me.role}
+            welcome |= {"epoch": manager.storage.epoch, "expires_at": me.exp, "rooms": []}
+            handler.tell(welcome)
+            query = dict(websocket.query_params)
+            await side_by_side(handler.read(query), client.write(), tether.hold())
+        except (WebSocketDisconnect, WebSocketException) as end:
+            log.info("disconnected %r: %d %s", me.user, end.code, end.reason)
+            raise
+        finally:
+            manager.disconnect(client)
 
 
 @app.get("/rooms")
 async def list_rooms(me: Me, storage: Database, manager: Manager) -> list[dict[str, Any]]:
     names = {"lobby", *manager.rooms, *await storage.rooms()}
-    online = {name: len(room.sockets) for name, room in manager.rooms.items()}
+    online = {name: len(room.people) for name, room in manager.rooms.items()}
     return [{"room": name, "online": online.get(name, 0)} for name in sorted(names)]
 
 
@@ -1888,21 +1873,16 @@ async def post_message(
     room: RoomName, new: NewMessage, me: Me, manager: Manager, response: Response
 ) -> Event:
     """Answers once the message is stored: 201, or 200 with the original for a repeated ``mid``."""
-    fate: asyncio.Future[tuple[Event | None, bool]] = asyncio.get_running_loop().create_future()
+    outcome: asyncio.Future[tuple[Event | None, bool]] = asyncio.get_running_loop().create_future()
 
     def done(event: Event | None, is_new: bool) -> None:
-        if not fate.done():  # the client may have gone
-            fate.set_result((event, is_new))
+        if not outcome.done():  # the client may have gone
+            outcome.set_result((event, is_new))
 
-    try:
-        manager.post(Draft(room, me.user, new.text, new.mid, done))
-    except Refused as error:
-        status = 429 if error.code == "rate_limited" else 503
-        retry = {"Retry-After": str(math.ceil(error.retry_after or 1))}
-        raise HTTPException(status, str(error), retry) from None
-    event, is_new = await fate
+    manager.post(Draft(room, me.user, new.text, new.mid, done))
+    event, is_new = await outcome
     if event is None:
-        raise HTTPException(503, "The message could not be stored, try again")
+        raise Refused("unavailable", "Not stored, try again", retry_after=1)
     if not is_new:
         response.status_code = 200
     return event
@@ -1916,7 +1896,7 @@ async def list_users(me: Me, manager: Manager) -> list[dict[str, Any]]:
             "role": clients[0].owner.role,
             "rooms": sorted({room.name for client in clients for room in client.cursors}),
         }
-        for name, clients in manager.online().items()
+        for name, clients in sorted(manager.online().items())
     ]
 
 
@@ -2225,8 +2205,9 @@ async def page() -> HTMLResponse:
 # ======================================================================================
 # 11. Serving
 #
-# uvicorn's defaults suit a request that ends. Sockets that stay open for days, some of
-# them held by nobody or by somebody hostile, want an end to patience.
+# uvicorn waits for what it has to send to be taken, be it forever: right for a request
+# that ends, wrong for sockets that stay open for days, some of them held by nobody or by
+# somebody hostile. Here a connection that takes nothing for a while is aborted.
 # ======================================================================================
 
 STALL_SECONDS = 30.0  # how long a client may take no byte of what waits for it
@@ -2276,17 +2257,20 @@ class PatientProtocol(WebSocketsSansIOProtocol):
             super().handle_cont(event)
 
 
-class HideTokens(logging.Filter):
-    """uvicorn logs each socket's URL, and the token may be in it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = HIDDEN.sub(r"\1***", record.getMessage()), ()
-        return True
+TOKEN_IN_URL = re.compile(r"(token=)[^&\s\"']+", re.IGNORECASE)
 
 
-HIDDEN = re.compile(r"(token=)[^&\s\"']+", re.IGNORECASE)
+def hide_tokens(record: logging.LogRecord) -> bool:
+    """uvicorn logs every URL, and the token may be in it. (Its formatter wants the args whole.)"""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            TOKEN_IN_URL.sub(r"\1***", arg) if isinstance(arg, str) else arg for arg in record.args
+        )
+    return True
+
+
 for name in ("uvicorn.error", "uvicorn.access"):
-    logging.getLogger(name).addFilter(HideTokens())
+    logging.getLogger(name).addFilter(hide_tokens)
 
 
 def main() -> None:
