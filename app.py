@@ -54,6 +54,7 @@ import math
 import os
 import re
 import secrets
+import socket
 import sqlite3
 import time
 import unicodedata
@@ -614,8 +615,8 @@ async def submit(request: Request) -> dict[str, Any]:
 
 
 @app.post("/http-endpoint")
-async def http_endpoint(data: Annotated[Any, Depends(read_json)]) -> dict[str, Any]:
-    return {"received_data": data}
+async def http_endpoint(data: Annotated[Any, Depends(read_json)]) -> JSONResponse:
+    return JSONResponse({"received_data": data})  # itself: it is JSON, nothing needs a second look
 
 
 def inspect_connection(connection: HTTPConnection) -> dict[str, Any]:
@@ -646,6 +647,10 @@ def inspect_bytes(data: bytes) -> dict[str, Any]:
 
 async def read_form(request: Request) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
     """The fields of a form, every value a list, and what its files are."""
+    try:
+        await request.form()
+    except (UnicodeError, IndexError):  # some charsets fail in their own ways
+        raise HTTPException(400, "The form cannot be decoded: send UTF-8") from None
     async with request.form() as form:
         items = form.multi_items()
         fields = group_by_key((key, value) for key, value in items if isinstance(value, str))
@@ -684,8 +689,8 @@ async def inspect(request: Request) -> dict[str, Any]:
 
 
 @app.post("/body/json")
-async def body_json(data: Annotated[Any, Depends(read_json)]) -> Any:
-    return data
+async def body_json(data: Annotated[Any, Depends(read_json)]) -> JSONResponse:
+    return JSONResponse(data)
 
 
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
@@ -731,7 +736,7 @@ READS: dict[str, Callable[[Request], Awaitable[Any]]] = {
 }
 
 
-@app.post("/body/twice")
+@app.post("/body/twice", max_body_size=64 * KIB)  # it is parsed a dozen times
 async def body_twice(request: Request) -> dict[str, Any]:
     """Read the same body twice, in every order of two ways, each time from a fresh Request.
 
@@ -767,6 +772,7 @@ async def body_twice(request: Request) -> dict[str, Any]:
 
 async def receive(websocket: WebSocket) -> str | bytes:
     """The next frame: str for text, bytes for binary. Raises WebSocketDisconnect at the end."""
+    await asyncio.sleep(0)  # thousands of frames may have come at once: let others go between
     message = await websocket.receive()
     if message["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(message.get("code") or 1005, message.get("reason"))
@@ -792,7 +798,7 @@ async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
     A socket that is closed before it is accepted reaches a browser as a bare 1006, whatever
     was said; so it is accepted first. The time limit is for a client that does not read.
     """
-    log.info("closed %s: %d %s", websocket.url.path, error.code, error.reason)
+    log.info("closed %r: %d %s", websocket.url.path, error.code, error.reason)
     if websocket.application_state is WebSocketState.CONNECTING:
         await websocket.accept(choose_subprotocol(websocket))
     if websocket.application_state is WebSocketState.CONNECTED:
@@ -913,7 +919,7 @@ class Sessions(dict[str, Session]):
             if not idle:
                 raise HTTPException(503, "Too many sessions are in use, try again later")
             del self[min(idle, key=lambda session: session.used_at).id]
-        agent = connection.headers.get("user-agent")
+        agent = connection.headers.get("user-agent", "")[:512] or None
         id = secrets.token_urlsafe(16)
         self[id] = Session(id, client_host(connection), agent, time.time(), time.monotonic())
         return self[id]
@@ -956,7 +962,6 @@ async def session_socket(websocket: WebSocket, session_id: str, sessions: AllSes
     async def read() -> None:
         while True:
             session.send(f"Session {session.id}: {await receive_text(websocket)}")
-            await asyncio.sleep(0)  # many frames may have come at once: let the writers go between
 
     async def write() -> None:
         while (text := await queue.get()) is not None:
@@ -984,8 +989,21 @@ async def session_socket(websocket: WebSocket, session_id: str, sessions: AllSes
 INVISIBLE = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 
 
-# Before normalising, which takes time that grows with the square of some texts' length.
-MAX_NAME = 64  # characters
+MAX_NAME = 32  # characters
+
+
+def normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
+    """A text in its one spelling. Raises ValueError for what is no text, or takes too long.
+
+    Marks are put in order, and that takes time that grows with the square of their number:
+    more than 30 on one letter are refused (UAX #15, section 13).
+    """
+    marks = 0
+    for character in text if not text.isascii() else ():
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > 30 or "\ud800" <= character <= "\udfff":
+            raise PydanticCustomError("invalid", "The text has what no script is written with")
+    return unicodedata.normalize(form, text)
 
 
 def clean_name(name: str) -> str:
@@ -993,46 +1011,59 @@ def clean_name(name: str) -> str:
 
     Letters, digits, ``_`` and ``-`` of any script; marks too, which many scripts spell with.
     """
-    if len(name) <= MAX_NAME:
-        name = unicodedata.normalize("NFKC", name)
+    name = normalize("NFKC", name[: 2 * MAX_NAME])
     kinds = "".join("_" if c in "_-" else unicodedata.category(c)[0] for c in name)
     if not re.fullmatch(r"[LN_][LMN_]{0,31}", kinds) or re.search(INVISIBLE, name):
         raise PydanticCustomError("bad_name", "1 to 32 letters, digits, '_' or '-' are a name")
     return name
 
 
+def clean_username(name: str) -> str:
+    """A person's name; the plain text chat speaks in these names itself."""
+    if folded(name) in ("error", "here"):
+        raise PydanticCustomError("bad_name", "This name is reserved")
+    return clean_name(name)
+
+
 def folded(name: str) -> str:
-    """A name without regard to case, to find a person by; too long a one is nobody's."""
-    if len(name) > MAX_NAME:
-        return ""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    """A name without regard to case, to find a person by. Raises ValueError for a bad one."""
+    return normalize("NFKC", clean_name(name).casefold())
 
 
-# OWASP Password Storage Cheat Sheet, scrypt: 16 MiB and about 0.2 s for each guess.
-SCRYPT = {"n": 2**14, "r": 8, "p": 5}
+def clean_password(password: str) -> str:
+    """A password in its one spelling: keyboards differ (NIST SP 800-63B, section 5.1.1.2)."""
+    return normalize("NFKC", password)
+
+
 MAX_PASSWORD = 128  # characters
 NO_PASSWORD = f"{'00' * 16}${'00' * 64}"  # what a name that nobody has is checked against
-# Never in the loop, and never more at once than these, whatever the number of log-ins.
+MAX_HASHING = 20  # passwords that may wait for one of two threads: 2 s
 password_threads = ThreadPoolExecutor(2, thread_name_prefix="password")
+hashing: set[asyncio.Future[bytes]] = set()
 
 
-def scrypt(password: str, salt: bytes) -> bytes:
-    text = unicodedata.normalize("NFKC", password)  # keyboards differ; NIST SP 800-63B
-    return hashlib.scrypt(text.encode(), salt=salt, maxmem=64 * MIB, **SCRYPT)
+async def scrypt(password: str, salt: bytes) -> bytes:
+    """Hash as OWASP's Password Storage Cheat Sheet says: 16 MiB and 0.2 s for each guess.
+
+    Never in the loop, and in two threads at most. Raises Refused if too many wait for them.
+    """
+    if len(hashing) >= MAX_HASHING:
+        raise Refused("unavailable", "Too many log-ins at once, try again", retry_after=2)
+    work = functools.partial(hashlib.scrypt, salt=salt, n=2**14, r=8, p=5, maxmem=64 * MIB)
+    future = asyncio.get_running_loop().run_in_executor(password_threads, work, password.encode())
+    hashing.add(future)
+    future.add_done_callback(hashing.discard)
+    return await future
 
 
 async def hash_password(password: str) -> str:
     salt = secrets.token_bytes(16)
-    loop = asyncio.get_running_loop()
-    hashed = await loop.run_in_executor(password_threads, scrypt, password, salt)
-    return f"{salt.hex()}${hashed.hex()}"
+    return f"{salt.hex()}${(await scrypt(password, salt)).hex()}"
 
 
 async def verify_password(password: str, stored: str) -> bool:
     salt, expected = map(bytes.fromhex, stored.split("$"))
-    loop = asyncio.get_running_loop()
-    given = await loop.run_in_executor(password_threads, scrypt, password, salt)
-    return hmac.compare_digest(given, expected)
+    return hmac.compare_digest(await scrypt(password, salt), expected)
 
 
 class Identity(NamedTuple):
@@ -1165,9 +1196,8 @@ async def check_origin(websocket: WebSocket) -> None:
     if origin is None or origin in settings.origins:
         return
     if origin.partition("://")[2] != websocket.headers.get("host"):
-        detail = f"Pages of {origin} may not open this socket; see CHAT_ORIGINS"
-        await websocket.send_denial_response(JSONResponse({"detail": detail}, 403))
-        raise WebSocketException(1008, "Wrong origin")  # answered already: this is for the log
+        await websocket.close()  # before it is accepted: that is a 403
+        raise WebSocketException(1008, f"{origin!r} is not in CHAT_ORIGINS")  # for the log
 
 
 class Tether:
@@ -1215,14 +1245,20 @@ class Credentials(BaseModel):
 class Registration(BaseModel):
     """A new person."""
 
-    username: Annotated[str, AfterValidator(clean_name)]
-    password: str = Field(min_length=8, max_length=MAX_PASSWORD)
+    username: Annotated[str, AfterValidator(clean_username)]
+    password: Annotated[str, AfterValidator(clean_password)] = Field(
+        min_length=8, max_length=MAX_PASSWORD
+    )
 
 
 async def log_in(storage: Storage, tokens: Tokens, username: str, password: str) -> dict[str, Any]:
     """A token for the right password, else 401. An unknown name takes as long as a known one."""
-    name, hashed = await storage.find_password(folded(username)) or ("", NO_PASSWORD)
-    if not await verify_password(password[: MAX_PASSWORD + 1], hashed):
+    try:
+        key, password = folded(username), clean_password(password[: MAX_PASSWORD + 1])
+    except ValueError:  # nobody's
+        key = password = ""
+    name, hashed = await storage.find_password(key) or ("", NO_PASSWORD)
+    if not await verify_password(password, hashed):
         log.info("refused log-in as %r", username[:32])
         raise HTTPException(401, "Bad username or password", {"WWW-Authenticate": "Bearer"})
     return tokens.issue(name)
@@ -1449,7 +1485,7 @@ class RateLimit:
 
     def __init__(self, rate: float) -> None:
         self.step = 1 / rate if rate else 0.0  # seconds
-        self.burst = (max(1.0, 3 * rate) - 1) * self.step
+        self.burst = max(0.0, 3 - self.step)  # seconds that somebody may be ahead
         self.free_at: dict[str, float] = {}
 
     def retry_after(self, user: str) -> float:
@@ -1479,6 +1515,7 @@ class ConnectionManager:
     def __init__(self, storage: Storage, settings: Settings) -> None:
         self.storage = storage
         self.limit = RateLimit(settings.rate)
+        self.join_limit = RateLimit(settings.rate)
         self.sockets_per_user = settings.sockets_per_user
         self.rooms: dict[str, Room] = {}
         self.clients: set[Client] = set()
@@ -1538,13 +1575,15 @@ class ConnectionManager:
         and its answers come back in the order they were asked for. So when the history is
         here, the log has had exactly the messages before it. Joining again shows it again.
         """
+        while wait := self.join_limit.retry_after(client.owner.user):
+            await asyncio.sleep(wait)  # everybody in the room hears of joins
         past = None
         if client.encode is as_json or after is not None:
             past = await self.history(name, after, epoch)
         room = self.rooms.setdefault(name, Room(name))
         is_new = client.owner.user not in room.people
         if room in client.cursors:
-            self._flush(client, room)
+            self.catch_up(client, room)
         if past:
             self.send_personal_message(past, client)
         room.followers.add(client)
@@ -1556,7 +1595,7 @@ class ConnectionManager:
 
     def leave(self, client: Client, room: Room) -> None:
         """Stop following a room, once what was already said in it is on its way."""
-        self._flush(client, room)
+        self.catch_up(client, room)
         del client.cursors[room]
         room.followers.discard(client)
         if client.owner.user not in room.people:
@@ -1564,10 +1603,14 @@ class ConnectionManager:
         if not room.followers:
             del self.rooms[room.name]
 
-    def _flush(self, client: Client, room: Room) -> None:
-        with suppress(LookupError):
+    def catch_up(self, client: Client, room: Room) -> None:
+        """Put what a client has not read of a room before what it is told next."""
+        try:
             for batch in room.since(client.cursors[room]):
                 client.outbox += batch.events
+        except LookupError:
+            client.tether.end(1013, "Too slow")
+        client.cursors[room] = room.end
 
     # -- Messages ---------------------------------------------------------------------
 
@@ -1643,9 +1686,7 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff]")
 
 def clean_text(text: str) -> str:
     """A message's text in its one spelling (NFC), trimmed. Raises ValueError for a bad one."""
-    text = text.replace("\r\n", "\n").strip()
-    if len(text) <= 2 * MAX_TEXT:  # normalising a longer one could take seconds
-        text = unicodedata.normalize("NFC", text)
+    text = normalize("NFC", text.replace("\r\n", "\n").strip()[: 2 * MAX_TEXT])
     if not text:
         raise PydanticCustomError("invalid", "The text is empty")
     if len(text) > MAX_TEXT:
@@ -1739,8 +1780,7 @@ class ChatHandler:
     async def read(self, query: dict[str, str]) -> None:
         """The reader: join what the URL asks for, then do what each frame asks for.
 
-        Who does not read its answers is not listened to. And as many frames may have come
-        at once, the others go between two of them.
+        Who does not read its answers is not listened to.
         """
         await self.attempt(self.enter(query))
         while True:
@@ -1752,7 +1792,6 @@ class ChatHandler:
             else:
                 await self.client.taken.wait()
                 await self.attempt(self.handle_plain(frame), frame)
-            await asyncio.sleep(0)
 
     async def attempt(self, step: Awaitable[None], frame: str = "") -> None:
         """Do what a frame asks for, or tell why not."""
@@ -1808,7 +1847,12 @@ class ChatHandler:
         def done(event: Event | None, is_new: bool) -> None:
             if event is None:
                 self.tell_error(Refused("unavailable", "Not stored, try again"), mid)
-            elif not is_new or room not in [followed.name for followed in self.client.cursors]:
+                return
+            followed = self.manager.rooms.get(room)
+            if followed not in self.client.cursors:
+                self.tell(event)
+            elif not is_new and followed:
+                self.manager.catch_up(self.client, followed)  # or it would overtake the others
                 self.tell(event)
 
         self.manager.post(Draft(room, self.client.owner.user, text, mid, done))
@@ -2222,16 +2266,26 @@ class PatientProtocol(WebSocketsSansIOProtocol):
     uvicorn's, so the tests exercise each.
     """
 
-    stalled: asyncio.TimerHandle | None = None
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; refuse a handshake that is none, on which uvicorn would wait for more."""
+        super().data_received(data)
+        if not self.handshake_initiated:
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+            self.transport.abort() if self.disconnected else self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self.abort_if_stalled(2**63)
 
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.stalled:
-            self.stalled.cancel()
+    def abort_if_stalled(self, waiting: int) -> None:
+        """Look from time to time whether less waits to be taken than the last time."""
+        left = self.transport.get_write_buffer_size()
+        if self.disconnected or self.writable.is_set():
+            return
+        if left < waiting:
+            self.loop.call_later(STALL_SECONDS, self.abort_if_stalled, left)
+        else:
+            self.transport.abort()
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()
@@ -2239,7 +2293,8 @@ class PatientProtocol(WebSocketsSansIOProtocol):
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)
-        self.loop.call_later(self.close_timeout, self.transport.abort)
+        if not self.disconnected:
+            self.loop.call_later(self.close_timeout, self.transport.abort)
 
     def handle_ping(self) -> None:
         """Answer a ping, unless its sender does not read: then the answers would pile up."""
@@ -2257,20 +2312,19 @@ class PatientProtocol(WebSocketsSansIOProtocol):
             super().handle_cont(event)
 
 
-TOKEN_IN_URL = re.compile(r"(token=)[^&\s\"']+", re.IGNORECASE)
+QUERY = re.compile(r"\?[^\s\"']*")
 
 
-def hide_tokens(record: logging.LogRecord) -> bool:
-    """uvicorn logs every URL, and the token may be in it. (Its formatter wants the args whole.)"""
+def hide_queries(record: logging.LogRecord) -> bool:
+    """uvicorn logs every URL, and a token may be in it. (Its formatter wants the args whole.)"""
     if isinstance(record.args, tuple):
-        record.args = tuple(
-            TOKEN_IN_URL.sub(r"\1***", arg) if isinstance(arg, str) else arg for arg in record.args
-        )
+        args = record.args
+        record.args = tuple(QUERY.sub("?...", a) if isinstance(a, str) else a for a in args)
     return True
 
 
 for name in ("uvicorn.error", "uvicorn.access"):
-    logging.getLogger(name).addFilter(hide_tokens)
+    logging.getLogger(name).addFilter(hide_queries)
 
 
 def main() -> None:
@@ -2279,6 +2333,13 @@ def main() -> None:
         settings = Settings.from_environment()
         Storage(settings.db).close()  # what the lifespan would refuse at length, in one line
         Tokens(settings)
+        address, family = (settings.host, settings.port), socket.AF_INET
+        if ":" in settings.host:
+            family = socket.AF_INET6
+        socket.create_server(address, family=family).close()
+    except (OSError, UnicodeError) as error:
+        where = f"CHAT_HOST={settings.host!r}, CHAT_PORT={settings.port}"
+        raise SystemExit(f"Lobby cannot start: {where}: {error}") from None
     except StartError as error:
         raise SystemExit(f"Lobby cannot start: {error}") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -2287,6 +2348,7 @@ def main() -> None:
         host=settings.host,
         port=settings.port,
         log_config=None,
+        http="h11",  # unlike httptools, it takes no more than 64 KiB of headers
         ws=PatientProtocol,
         ws_max_size=64 * KIB,
         ws_per_message_deflate=False,  # it would compress the same text once for each reader
