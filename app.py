@@ -242,7 +242,7 @@ def in_database_thread(
         work = functools.partial(method, self, *args, **kwargs)
         try:
             return await asyncio.get_running_loop().run_in_executor(self.thread, work)
-        except sqlite3.Error:
+        except Exception:
             log.exception("the database failed in %s", method.__name__)
             message = "The database failed, try again"
             raise Refused("unavailable", message, retry_after=1) from None
@@ -1634,8 +1634,10 @@ class ConnectionManager:
             await self.posted.wait()
             self.posted.clear()
             while self.pending:
+                # People who were shown the last batch together answer together: as long as
+                # more comes at every turn of the loop, it goes into the same transaction.
                 before = -1
-                while before < len(self.pending) < MAX_BATCH:  # more comes at every turn
+                while before < len(self.pending) < MAX_BATCH:
                     before = len(self.pending)
                     await asyncio.sleep(0)
                 batch, self.pending = self.pending[:MAX_BATCH], self.pending[MAX_BATCH:]
@@ -2266,26 +2268,36 @@ class PatientProtocol(WebSocketsSansIOProtocol):
     uvicorn's, so the tests exercise each.
     """
 
+    watch: asyncio.TimerHandle | None = None  # while there is more to send than is taken
+
     def data_received(self, data: bytes) -> None:
         """Take bytes; refuse a handshake that is none, on which uvicorn would wait for more."""
         super().data_received(data)
         if not self.handshake_initiated:
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
-            self.transport.abort() if self.disconnected else self.transport.close()
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.abort_if_stalled(2**63)
+        self.watch_for_stalling(MAX_ID)
 
-    def abort_if_stalled(self, waiting: int) -> None:
-        """Look from time to time whether less waits to be taken than the last time."""
+    def watch_for_stalling(self, waiting: int) -> None:
+        """Abort unless less waits to be taken (bytes) than the last time; then look again."""
         left = self.transport.get_write_buffer_size()
-        if self.disconnected or self.writable.is_set():
-            return
-        if left < waiting:
-            self.loop.call_later(STALL_SECONDS, self.abort_if_stalled, left)
-        else:
+        if left >= waiting:
             self.transport.abort()
+        else:
+            self.watch = self.loop.call_later(STALL_SECONDS, self.watch_for_stalling, left)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.watch:
+            self.watch.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.watch:
+            self.watch.cancel()
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()

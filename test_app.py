@@ -1109,11 +1109,13 @@ def test_a_log_keeps_a_window_and_says_what_it_forgot(monkeypatch: pytest.Monkey
 
 def test_a_person_joins_and_leaves_once_however_many_sockets(client: TestClient) -> None:
     with chat(client, "user2") as watcher:
-        with chat(client) as _:
+        with chat(client) as first:
             assert watcher.next()["type"] == "joined"
             with chat(client) as second:
                 second.say("two tabs", "m1")
                 assert watcher.next()["text"] == "two tabs"
+            first.say("one tab", "m2")
+            assert watcher.next()["text"] == "one tab"
         assert watcher.next() == {"type": "left", "room": "lobby", "user": "user1"}
 
 
