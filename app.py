@@ -1527,9 +1527,10 @@ class ConnectionManager:
 
     def connect(self, client: Client) -> None:
         """Let a client in. Closes it with 1013 when its owner has too many sockets open."""
-        open_sockets = len(self.online().get(client.owner.user, ()))
-        if self.sockets_per_user and open_sockets >= self.sockets_per_user:
-            raise WebSocketException(1013, "Too many sockets")
+        if limit := self.sockets_per_user:
+            mine = sum(other.owner.user == client.owner.user for other in self.clients)
+            if mine >= limit:
+                raise WebSocketException(1013, "Too many sockets")
         self.clients.add(client)
 
     def disconnect(self, client: Client) -> None:
@@ -1581,17 +1582,17 @@ class ConnectionManager:
         if client.encode is as_json or after is not None:
             past = await self.history(name, after, epoch)
         room = self.rooms.setdefault(name, Room(name))
-        is_new = client.owner.user not in room.people
+        people, user = room.people, client.owner.user
         if room in client.cursors:
             self.catch_up(client, room)
         if past:
             self.send_personal_message(past, client)
+        presence = {"type": "presence", "room": name, "users": sorted(people | {user})}
+        self.send_personal_message(presence, client)
         room.followers.add(client)
         client.cursors[room] = room.end
-        presence = {"type": "presence", "room": name, "users": sorted(room.people)}
-        self.send_personal_message(presence, client)
-        if is_new:
-            self.announce({"type": "joined", "room": name, "user": client.owner.user})
+        if user not in people:
+            self.announce({"type": "joined", "room": name, "user": user})
 
     def leave(self, client: Client, room: Room) -> None:
         """Stop following a room, once what was already said in it is on its way."""

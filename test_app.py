@@ -1037,8 +1037,9 @@ def test_a_page_of_another_site_may_not_open_a_socket(
 ) -> None:
     url = f"/ws/protected?token={token()}"
     for origin in ("https://evil.example", "null", "http://testserver.evil.example", ""):
-        with pytest.raises(WebSocketDisconnect):
-            client.websocket_connect(url, headers={"Origin": origin}).__enter__()
+        other = client.websocket_connect(url, headers={"Origin": origin})
+        with pytest.raises(WebSocketDisconnect), other:
+            pass
     with client.websocket_connect(url, headers={"Origin": "http://testserver"}):
         pass
     monkeypatch.setattr(app.state, "settings", Settings(origins=frozenset({"https://ok.example"})))
