@@ -64,11 +64,10 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterable,
-    Iterator,
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
@@ -987,8 +986,6 @@ async def session_socket(websocket: WebSocket, session_id: str, sessions: AllSes
 
 # Letters that cannot be seen, by which one name could pass for another.
 INVISIBLE = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
-
-
 MAX_NAME = 32  # characters
 
 
@@ -1142,18 +1139,13 @@ def load_or_create_secret(db: Path) -> bytes:
 
 AllTokens = Annotated[Tokens, from_state("tokens")]
 Database = Annotated[Storage, from_state("storage")]
-
-
 oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
 
 
-async def identify(
-    connection: HTTPConnection,
-    storage: Database,
-    tokens: AllTokens,
-    token: Annotated[str | None, Depends(oauth2)],
-) -> Identity:
-    """A dependency of routes and sockets: who is there. Raises Unauthorized.
+async def read_claims(
+    connection: HTTPConnection, tokens: AllTokens, token: Annotated[str | None, Depends(oauth2)]
+) -> dict[str, Any]:
+    """A dependency of routes and sockets: what the token says. Raises Unauthorized.
 
     The token comes as ``Authorization: Bearer`` (RFC 6750). A socket may also bring it in its
     query, or as a second subprotocol, because a browser's sockets cannot send that header
@@ -1163,7 +1155,14 @@ async def identify(
         offers = [p for p in connection.scope["subprotocols"] if p.startswith("bearer.")]
         offered = offers[0].removeprefix("bearer.") if offers else None
         token = token or connection.query_params.get("token") or offered
-    claims = tokens.verify(token)
+    return tokens.verify(token)
+
+
+Claims = Annotated[dict[str, Any], Depends(read_claims)]
+
+
+async def identify(claims: Claims, storage: Database) -> Identity:
+    """A dependency: who is there, by what is stored about them now. Raises Unauthorized."""
     bearer = await storage.find_bearer(folded(claims["sub"]), claims["jti"])
     if bearer is None:
         raise Unauthorized("Invalid token")
@@ -1203,8 +1202,8 @@ async def check_origin(websocket: WebSocket) -> None:
 class Tether:
     """By which an open socket is ended from elsewhere: its token expired or was logged out."""
 
-    def __init__(self, owner: Identity) -> None:
-        self.owner = owner
+    def __init__(self, jti: str) -> None:
+        self.jti = jti
         self.cut: asyncio.Future[WebSocketException] = asyncio.get_running_loop().create_future()
 
     def end(self, code: int, reason: str) -> None:
@@ -1220,19 +1219,21 @@ class Tether:
 Tethers = Annotated[set[Tether], from_state("tethers")]
 
 
-@contextmanager
-def tethered(owner: Identity, tethers: set[Tether]) -> Iterator[Tether]:
-    """Within this block the socket can be ended, and is when its token expires."""
-    tether = Tether(owner)
+async def tethered(claims: Claims, tethers: Tethers) -> AsyncIterator[Tether]:
+    """A dependency of sockets, solved before ``Me``: between the two no log-out can be missed."""
+    tether = Tether(claims["jti"])
     tethers.add(tether)
     expiry = asyncio.get_running_loop().call_later(
-        owner.exp - time.time(), tether.end, 1008, "Unauthorized: Token expired"
+        claims["exp"] - time.time(), tether.end, 1008, "Unauthorized: Token expired"
     )
     try:
         yield tether
     finally:
         expiry.cancel()
         tethers.discard(tether)
+
+
+MyTether = Annotated[Tether, Depends(tethered)]
 
 
 class Credentials(BaseModel):
@@ -1296,12 +1297,12 @@ async def logout(me: Me, storage: Database, tethers: Tethers) -> None:
     """Refuse this token from now on, and close the sockets that were opened with it."""
     await storage.revoke(me.jti, me.exp)
     for tether in tethers:
-        if tether.owner.jti == me.jti:
+        if tether.jti == me.jti:
             tether.end(1008, "Unauthorized: Logged out")
 
 
 @app.websocket("/ws/protected", dependencies=[Depends(check_origin)])
-async def protected(websocket: WebSocket, me: Me, tethers: Tethers) -> None:
+async def protected(websocket: WebSocket, tether: MyTether, me: Me) -> None:
     await websocket.accept()
     await websocket.send_text(f"Hello {me.user}, you are authenticated!")
 
@@ -1309,8 +1310,7 @@ async def protected(websocket: WebSocket, me: Me, tethers: Tethers) -> None:
         while True:
             await websocket.send_text(f"{me.user} says: {await receive_text(websocket)}")
 
-    with tethered(me, tethers) as tether:
-        await side_by_side(answer(), tether.hold())
+    await side_by_side(answer(), tether.hold())
 
 
 async def add_demo_people(storage: Storage) -> None:
@@ -1436,10 +1436,12 @@ class Client:
     something to it alone puts that into ``outbox`` and wakes it.
     """
 
-    def __init__(self, websocket: WebSocket, tether: Tether, encode: Encode) -> None:
+    def __init__(
+        self, websocket: WebSocket, owner: Identity, tether: Tether, encode: Encode
+    ) -> None:
         self.websocket = websocket
+        self.owner = owner
         self.tether = tether
-        self.owner = tether.owner
         self.encode = encode
         self.cursors: dict[Room, int] = {}
         self.outbox: list[Event] = []
@@ -1865,26 +1867,25 @@ Manager = Annotated[ConnectionManager, from_state("manager")]
 
 
 @app.websocket("/ws/chat", dependencies=[Depends(check_origin)])
-async def chat(websocket: WebSocket, me: Me, manager: Manager, tethers: Tethers) -> None:
+async def chat(websocket: WebSocket, tether: MyTether, me: Me, manager: Manager) -> None:
     """The chat socket: a reader, a writer, and what may end it from elsewhere, side by side."""
     subprotocol = choose_subprotocol(websocket)
     await websocket.accept(subprotocol)
-    with tethered(me, tethers) as tether:
-        client = Client(websocket, tether, as_json if subprotocol else as_plain)
-        handler = ChatHandler(client, manager)
-        manager.connect(client)
-        log.info("connected %r from %s", me.user, client_host(websocket))
-        try:
-            welcome: Event = {"type": "welcome", "user": me.user, "role": me.role}
-            welcome |= {"epoch": manager.storage.epoch, "expires_at": me.exp, "rooms": []}
-            handler.tell(welcome)
-            query = dict(websocket.query_params)
-            await side_by_side(handler.read(query), client.write(), tether.hold())
-        except (WebSocketDisconnect, WebSocketException) as end:
-            log.info("disconnected %r: %d %s", me.user, end.code, end.reason)
-            raise
-        finally:
-            manager.disconnect(client)
+    client = Client(websocket, me, tether, as_json if subprotocol else as_plain)
+    handler = ChatHandler(client, manager)
+    manager.connect(client)
+    log.info("connected %r from %s", me.user, client_host(websocket))
+    try:
+        welcome: Event = {"type": "welcome", "user": me.user, "role": me.role}
+        welcome |= {"epoch": manager.storage.epoch, "expires_at": me.exp, "rooms": []}
+        handler.tell(welcome)
+        query = dict(websocket.query_params)
+        await side_by_side(handler.read(query), client.write(), tether.hold())
+    except (WebSocketDisconnect, WebSocketException) as end:
+        log.info("disconnected %r: %d %s", me.user, end.code, end.reason)
+        raise
+    finally:
+        manager.disconnect(client)
 
 
 @app.get("/rooms")
