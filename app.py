@@ -104,6 +104,7 @@ from starlette.datastructures import UploadFile as UploadedFile
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketState
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
@@ -479,7 +480,7 @@ class RequestContextMiddleware:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except (ClientDisconnect, WebSocketDisconnect):
+        except (ClientDisconnect, ClientDisconnected, WebSocketDisconnect):
             pass  # they left, and nothing is left to do
         except Exception:
             log.exception("unexpected error in %s %r", scope["type"], scope["path"])
@@ -1836,7 +1837,8 @@ class ChatHandler:
             case SendMessage():
                 self.post(event.room, event.text, event.mid)
             case JoinRoom():
-                if len(self.client.cursors) >= MAX_ROOMS:
+                followed = {room.name for room in self.client.cursors} - {event.room}
+                if len(followed) >= MAX_ROOMS:
                     raise Refused("forbidden", f"One socket follows at most {MAX_ROOMS} rooms")
                 await self.manager.join(self.client, event.room, event.after, event.epoch)
             case LeaveRoom():
@@ -2259,6 +2261,8 @@ async def page() -> HTMLResponse:
 # ======================================================================================
 
 STALL_SECONDS = 30.0  # how long a client may take no byte of what waits for it
+PONG_SECONDS = 120.0  # a ping may stand behind megabytes for a slow line
+SEND_BUFFER = 256 * KIB  # of the kernel, for each socket
 MAX_FRAGMENTS = 1_024  # frames that one message may come in
 
 
@@ -2271,6 +2275,18 @@ class PatientProtocol(WebSocketsSansIOProtocol):
     """
 
     watch: asyncio.TimerHandle | None = None  # while there is more to send than is taken
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Bound what the kernel takes: left alone, it would hide megabytes that nobody reads."""
+        super().connection_made(transport)
+        kernel = transport.get_extra_info("socket")
+        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+    async def send(self, message: Any) -> None:
+        """Send, unless the client has left during the handshake, which uvicorn overlooks."""
+        if not self.handshake_complete and self.transport.is_closing():
+            raise ClientDisconnected
+        await super().send(message)
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; refuse a handshake that is none, on which uvicorn would wait for more."""
@@ -2365,6 +2381,7 @@ def main() -> None:
         http="h11",  # unlike httptools, it takes no more than 64 KiB of headers
         ws=PatientProtocol,
         ws_max_size=64 * KIB,
+        ws_ping_timeout=PONG_SECONDS,
         ws_per_message_deflate=False,  # it would compress the same text once for each reader
         timeout_graceful_shutdown=5,
     )

@@ -20,6 +20,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -1806,6 +1807,24 @@ def test_a_handshake_that_is_none_is_refused_and_hinders_no_shutdown(
         reader.next("none such")
     assert closed.value.rcvd and closed.value.rcvd.code == 1012
     server.process.wait(timeout=20)
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_who_leaves_during_the_handshake_is_no_error(serve: Callable[..., Server]) -> None:
+    server = serve()
+    secret = server.token()
+    for path in ("/ws/chat", "/ws/protected") * 10:
+        raw = socket.create_connection(("127.0.0.1", server.port))
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset
+        raw.sendall(
+            f"GET {path}?token={secret} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+            "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            f"Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode()
+        )
+        raw.close()
+    with server.connect(f"/ws/chat?token={secret}") as websocket:
+        assert websocket.recv(timeout=20) == "user1 joined the chat!"
+    server.stop()
     assert "Traceback" not in server.log.read_text()
 
 
