@@ -1122,6 +1122,31 @@ def test_a_person_joins_and_leaves_once_however_many_sockets(client: TestClient)
         assert watcher.next() == {"type": "left", "room": "lobby", "user": "user1"}
 
 
+def test_presence_agrees_with_a_model_however_tabs_come_and_go(client: TestClient) -> None:
+    rng = random.Random(11)
+    tabs: dict[str, list[Any]] = {"user1": [], "user2": []}
+    expected: list[tuple[str, str]] = []
+    with chat(client, "admin") as watcher, ExitStack() as all_tabs:
+        for _ in range(300):
+            user = rng.choice(list(tabs))
+            if tabs[user] and rng.random() < 0.5:
+                tab = tabs[user].pop(rng.randrange(len(tabs[user])))
+                tab.close()
+                expected += [] if tabs[user] else [("left", user)]
+            else:
+                expected += [] if tabs[user] else [("joined", user)]
+                tab = ExitStack()
+                tab.enter_context(client.websocket_connect("/ws/chat", headers=bearer(user)))
+                all_tabs.push(tab)
+                tabs[user].append(tab)
+        events = [watcher.next() for _ in expected]
+        assert [(event["type"], event["user"]) for event in events] == expected
+        watcher.nothing_came()
+        here = sorted(["admin", *(user for user, open_tabs in tabs.items() if open_tabs)])
+        watcher.send("join", room="lobby")
+        assert watcher.next("presence")["users"] == here
+
+
 def test_a_leaver_is_said_to_leave_after_their_last_message(client: TestClient) -> None:
     held = threading.Event()
     with chat(client, "user2") as watcher:
