@@ -285,7 +285,9 @@ class Storage:
 
         def connect(file: str, timeout: float) -> sqlite3.Connection:
             # isolation_level None: every statement is a transaction of its own
-            db = sqlite3.connect(file, timeout, isolation_level=None, check_same_thread=False)
+            db = sqlite3.connect(
+                file, timeout=timeout, isolation_level=None, check_same_thread=False
+            )
             return self.resources.enter_context(closing(db))
 
         try:
