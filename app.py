@@ -37,6 +37,7 @@ The words used throughout:
     batch    events that entered a room's log together
     client   one open chat socket: who holds it, and how far it has read each of its rooms
     cursor   that position: the number of the next batch to read
+    tether   by which an open socket is ended from elsewhere
     epoch    the name of one database's history, so that ids of another are not mistaken for ours
 """
 
@@ -634,7 +635,7 @@ def inspect_connection(connection: HTTPConnection) -> dict[str, Any]:
         "query_params": group_by_key(connection.query_params.multi_items()),
         "headers": [[n.decode("latin-1"), v.decode("latin-1")] for n, v in connection.headers.raw],
         "cookies": connection.cookies,
-        "state": {"request_id": connection.state.request_id},
+        "state": connection.scope.get("state", {}),
     }
 
 
@@ -791,6 +792,11 @@ async def receive_text(websocket: WebSocket) -> str:
     if isinstance(frame, bytes):
         raise WebSocketException(1003, "Text frames only")
     return frame
+
+
+@app.exception_handler(WebSocketDisconnect)
+async def client_left(websocket: WebSocket, error: WebSocketDisconnect) -> None:
+    """The client has closed its side: so ends every handler below, and nothing is wrong."""
 
 
 @app.exception_handler(WebSocketException)

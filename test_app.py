@@ -1923,6 +1923,21 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
     assert documented == real
 
 
+def test_chapters_4_and_5_can_be_copied_out() -> None:
+    source = (HERE / "app.py").read_text()
+    banners = {n: source.index(f"# {n}. ") for n in (1, 4, 6)}
+    copied = source[: banners[1]] + "\napp = FastAPI()\n" + source[banners[4] : banners[6]]
+    names: dict[str, Any] = {}
+    exec(compile(copied, "copied.py", "exec"), names)
+    with TestClient(names["app"]) as client:
+        assert client.post("/body/json", json=[1]).json() == [1]
+        assert client.get("/inspect").json()["method"] == "GET"
+        with client.websocket_connect("/ws/inspect") as websocket:
+            assert websocket.receive_json()["subprotocols"] == []
+            websocket.send_text("hi")
+            assert websocket.receive_json()["size"] == 2
+
+
 def test_the_readmes_walk_through_gives_the_printed_answers(serve: Callable[..., Server]) -> None:
     """Its curl command and its socket session, run as they stand but for port and token."""
     text = (HERE / "README.md").read_text()
