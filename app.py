@@ -1354,6 +1354,7 @@ HISTORY = 50  # messages shown on joining
 MAX_BATCH = 250  # messages in one transaction; well below WINDOW, or batches outrun readers
 MAX_PENDING = 10_000  # messages that may wait for the disk before new ones are refused
 MAX_FRAME = 256 * KIB  # characters after which a frame takes no further batch
+MAX_FRAMES = 32  # of plain text that are sent one by one; more go out as lines of one frame
 MAX_OUTBOX = 1_000  # personal events that may wait for one client
 MAX_ROOMS = 100  # rooms that one client may follow
 
@@ -1472,7 +1473,8 @@ class Client:
                 frames += new
                 size += sum(map(len, new))
                 self.cursors[room] += 1
-        return ["\n".join(frames)] if frames and self.encode is as_json else frames
+        as_one = self.encode is as_json or len(frames) > MAX_FRAMES
+        return ["\n".join(frames)] if frames and as_one else frames
 
     async def write(self) -> None:
         """Send whatever is new, whenever something is. Raises WebSocketException when too slow."""

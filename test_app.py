@@ -1569,6 +1569,23 @@ def test_plain_text_is_the_chat_of_the_walk_through(client: TestClient) -> None:
         assert two.receive_text() == "user1 left the chat!"
 
 
+def test_plain_text_that_comes_in_a_crowd_comes_as_lines_of_one_frame(client: TestClient) -> None:
+    held = threading.Event()
+    with client.websocket_connect("/ws/chat", headers=bearer()) as websocket:
+        websocket.receive_text()
+        app.state.storage.thread.submit(held.wait)
+        for n in range(100):
+            websocket.send_text(str(n))
+        websocket.send_text("/who")
+        assert websocket.receive_text() == "Here: user1"
+        held.set()
+        frames: list[str] = []
+        while len(lines := "\n".join(frames).splitlines()) < 100:
+            frames.append(websocket.receive_text())
+    assert lines == [f"user1: {n}" for n in range(100)]
+    assert len(frames) < 40
+
+
 def test_in_plain_text_no_message_can_pass_for_another_persons(client: TestClient) -> None:
     with client.websocket_connect("/ws/chat", headers=bearer()) as websocket:
         websocket.receive_text()
