@@ -518,8 +518,11 @@ STATUS = {"rate_limited": 429, "forbidden": 403, "unknown_room": 404, "unavailab
 
 
 @app.exception_handler(Refused)
-async def refused(request: Request, error: Refused) -> JSONResponse:
-    """Over HTTP, a refusal is a status and its words."""
+async def refused(connection: Request | WebSocket, error: Refused) -> Response | None:
+    """Over HTTP a refusal is a status and its words; a socket is closed: come back later."""
+    if isinstance(connection, WebSocket):
+        await close_socket(connection, WebSocketException(1013, str(error)))
+        return None
     retry = error.event.get("retry_after")
     headers = {"Retry-After": str(math.ceil(retry))} if retry else None
     status = STATUS.get(error.event["code"], 422)
@@ -619,7 +622,7 @@ async def submit(request: Request) -> dict[str, Any]:
 
 @app.post("/http-endpoint")
 async def http_endpoint(data: Annotated[Any, Depends(read_json)]) -> JSONResponse:
-    return JSONResponse({"received_data": data})  # itself: it is JSON, nothing needs a second look
+    return JSONResponse({"received_data": data})  # a dict would be walked through once more
 
 
 def inspect_connection(connection: HTTPConnection) -> dict[str, Any]:
@@ -814,7 +817,7 @@ async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
             await asyncio.wait_for(websocket.close(error.code, error.reason), timeout=1)
 
 
-CHAT_PROTOCOL = "lobby.v1"
+CHAT_PROTOCOL = "lobby.v1"  # the one subprotocol there is, of the chat in chapter 9
 
 
 def choose_subprotocol(websocket: WebSocket) -> str | None:
@@ -996,6 +999,7 @@ async def session_socket(websocket: WebSocket, session_id: str, sessions: AllSes
 # Letters that cannot be seen, by which one name could pass for another.
 INVISIBLE = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 MAX_NAME = 32  # characters
+LONGEST_FORM = 4  # into how many characters one can be taken apart: the most that is normalised
 
 
 def normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
@@ -1017,7 +1021,8 @@ def clean_name(name: str) -> str:
 
     Letters, digits, ``_`` and ``-`` of any script; marks too, which many scripts spell with.
     """
-    name = normalize("NFKC", name[: 2 * MAX_NAME])
+    if len(name) <= LONGEST_FORM * MAX_NAME:
+        name = normalize("NFKC", name)
     kinds = "".join("_" if c in "_-" else unicodedata.category(c)[0] for c in name)
     if not re.fullmatch(r"[LN_][LMN_]{0,31}", kinds) or re.search(INVISIBLE, name):
         raise PydanticCustomError("bad_name", "1 to 32 letters, digits, '_' or '-' are a name")
@@ -1264,7 +1269,7 @@ class Registration(BaseModel):
 async def log_in(storage: Storage, tokens: Tokens, username: str, password: str) -> dict[str, Any]:
     """A token for the right password, else 401. An unknown name takes as long as a known one."""
     try:
-        key, password = folded(username), clean_password(password[: MAX_PASSWORD + 1])
+        key, password = folded(username), clean_password(password[: LONGEST_FORM * MAX_PASSWORD])
     except ValueError:  # nobody's
         key = password = ""
     name, hashed = await storage.find_password(key) or ("", NO_PASSWORD)
@@ -1702,7 +1707,9 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff]")
 
 def clean_text(text: str) -> str:
     """A message's text in its one spelling (NFC), trimmed. Raises ValueError for a bad one."""
-    text = normalize("NFC", text.replace("\r\n", "\n").strip()[: 2 * MAX_TEXT])
+    text = text.replace("\r\n", "\n").strip()
+    if len(text) <= LONGEST_FORM * MAX_TEXT:
+        text = normalize("NFC", text)
     if not text:
         raise PydanticCustomError("invalid", "The text is empty")
     if len(text) > MAX_TEXT:

@@ -1291,6 +1291,27 @@ def test_a_message_reaches_everybody_in_the_room(client: TestClient) -> None:
         }
 
 
+def test_the_longest_text_loses_nothing_in_its_longest_form(client: TestClient) -> None:
+    """This letter is three characters when taken apart, and one when put together."""
+    letter = "e\u0302\u0301"
+    with chat(client) as conversation:
+        conversation.say(letter * 4000, "m1")
+        assert conversation.next()["text"] == "\u1ebf" * 4000
+        conversation.say(letter * 4001, "m2")
+        assert conversation.next()["code"] == "too_long"
+    assert lobby.clean_name(letter * 32) == "\u1ebf" * 32
+    with pytest.raises(ValueError, match="1 to 32"):
+        lobby.clean_name(letter * 33)
+
+
+def test_a_socket_is_told_to_come_back_when_the_database_fails(client: TestClient) -> None:
+    headers = bearer()
+    app.state.storage.db.execute("ALTER TABLE people RENAME TO lost")
+    assert client.get("/me", headers=headers).status_code == 503
+    code, _ = refused(client, "/ws/chat", headers=headers)
+    assert code == 1013
+
+
 def test_one_socket_follows_many_rooms(client: TestClient) -> None:
     with chat(client) as conversation:
         conversation.send("join", room="tea")
