@@ -21,10 +21,11 @@ The file is meant to be read from top to bottom; each chapter has one idea.
      5  Talking over a socket from one echo to a reader and a writer side by side
      6  Sessions              context made over HTTP and carried into a socket
      7  Knowing a user        passwords, tokens, and who is asking
-     8  Rooms                 a room is a log, a client is a set of cursors into logs
-     9  The chat              its events, its socket and its HTTP routes
-    10  The page              HTML, CSS and JavaScript in one constant
-    11  Serving               ``python app.py``
+     8  Roles                 what somebody may do, and how others are stopped
+     9  Rooms                 a room is a log, a client is a set of cursors into logs
+    10  The chat              its events, its socket and its HTTP routes
+    11  The page              HTML, CSS and JavaScript in one constant
+    12  Serving               ``python app.py``
 
 The words used throughout:
 
@@ -32,7 +33,7 @@ The words used throughout:
     room     a named conversation; its past is in the database, its newest part in memory
     event    a JSON object with a "type": what sockets send and receive
     message  an event that is stored, and so has an id; ids grow in the order of storing
-    notice   an event that is only announced: somebody joined, somebody left
+    notice   an event that is only announced: somebody joined, left, or is typing
     mid      the sender's own id for a message, by which a repeated sending is recognised
     batch    events that entered a room's log together
     client   one open chat socket: who holds it, and how far it has read each of its rooms
@@ -71,7 +72,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import jwt
 import uvicorn
@@ -97,6 +98,7 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError, from_json
 from starlette.concurrency import run_in_threadpool
@@ -180,7 +182,9 @@ class Settings(BaseModel):
 
 Event = dict[str, Any]
 
-SCHEMA = """
+# Each script brings a database from one version to the next; a new one is given all of them.
+MIGRATIONS = (
+    """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS people (
     name     TEXT NOT NULL,
@@ -199,7 +203,20 @@ CREATE TABLE IF NOT EXISTS messages (
 );
 CREATE INDEX IF NOT EXISTS messages_of_room ON messages (room, id);
 CREATE TABLE IF NOT EXISTS revoked (jti TEXT PRIMARY KEY, exp REAL NOT NULL);
-"""
+""",
+    """
+ALTER TABLE people ADD COLUMN banned INTEGER NOT NULL DEFAULT 0;
+-- A deleted message keeps its row, without the text, or a resend would bring it back.
+ALTER TABLE messages ADD COLUMN deleted INTEGER;  -- the newest id at that time
+CREATE INDEX deleted_of_room ON messages (room, deleted) WHERE deleted IS NOT NULL;
+CREATE TABLE conversations (person TEXT, room TEXT, PRIMARY KEY (person, room)) WITHOUT ROWID;
+CREATE TRIGGER start_conversation AFTER INSERT ON messages WHEN new.room LIKE '@%' BEGIN
+    INSERT OR IGNORE INTO conversations VALUES
+        (substr(new.room, 2, instr(new.room, '+') - 2), new.room),
+        (substr(new.room, instr(new.room, '+') + 1), new.room);
+END;
+""",
+)
 
 # One statement stores a whole batch. Python gives up its interpreter lock around each
 # SQLite call and, while the event loop is busy, waits up to 5 ms to get it back: a
@@ -219,7 +236,15 @@ WITH RECURSIVE names (room) AS (
     SELECT (SELECT min(room) FROM messages WHERE room > names.room)
     FROM names WHERE room IS NOT NULL
 )
-SELECT room FROM names WHERE room IS NOT NULL
+SELECT room FROM names WHERE room NOT LIKE '@%'
+UNION SELECT room FROM conversations WHERE person = ?
+"""
+
+# Whoever is no admin, or not the only one who may log in.
+NOT_THE_LAST_ADMIN = """
+(role != 'admin' OR EXISTS (
+    SELECT 1 FROM people AS other
+    WHERE other.role = 'admin' AND NOT other.banned AND other.folded != people.folded))
 """
 
 P = ParamSpec("P")
@@ -240,29 +265,34 @@ def in_database_thread(
     """Make a method of Storage awaitable: it runs in the one thread that owns the database."""
 
     async def call(self: Storage, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        work = functools.partial(method, self, *args, **kwargs)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.thread, work)
-        except Exception:
-            log.exception("the database failed in %s", method.__name__)
-            message = "The database failed, try again"
-            raise Refused("unavailable", message, retry_after=1) from None
+        return await self.run(self.thread, functools.partial(method, self, *args, **kwargs))
 
     return call
 
 
 @dataclass(slots=True)
 class Draft:
-    """A message that waits to be stored; ``done(message, is_new)`` is called with its outcome.
+    """A message that waits to be stored; ``done(event, is_new)`` is called with its outcome.
 
-    ``message`` is None when the database failed; ``is_new`` is False for a repeated ``mid``.
+    The event is the message, or the error why there is none; ``is_new`` is False for an error
+    and for a repeated ``mid``.
     """
 
     room: str
     user: str
     text: str
     mid: str | None
-    done: Callable[[Event | None, bool], None]
+    done: Callable[[Event, bool], None]
+
+
+class Person(NamedTuple):
+    """A row of ``people``; ``folded`` is the name without regard to case."""
+
+    name: str
+    folded: str
+    password: str
+    role: str
+    banned: bool
 
 
 def message_event(id: int, room: str, user: str, text: str, at: int, mid: str | None) -> Event:
@@ -274,6 +304,9 @@ def message_event(id: int, room: str, user: str, text: str, at: int, mid: str | 
 class Storage:
     """Messages, people and revoked tokens, in one SQLite file.
 
+    A search may read a whole room. It has a thread and a connection of its own, so that
+    nobody's message waits for it.
+
     All that another database would have to offer is here. When the database fails, every
     async method raises Refused with the code ``unavailable``, and nothing has been stored.
     """
@@ -283,6 +316,7 @@ class Storage:
         path = Path(os.path.realpath(path))
         self.resources = ExitStack()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="database")
+        self.search_thread = ThreadPoolExecutor(1, thread_name_prefix="search")
 
         def connect(file: str, timeout: float) -> sqlite3.Connection:
             # isolation_level None: every statement is a transaction of its own
@@ -298,7 +332,16 @@ class Storage:
             path.touch(mode=0o600)  # password hashes are nobody else's business
             self.db = connect(str(path), 5)
             # FULL: a commit has reached the disk when it returns, power cut or not.
-            self.db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; {SCHEMA}")
+            # secure_delete: what is deleted is overwritten, not only given free.
+            self.db.executescript(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;"
+            )
+            (version,) = self.db.execute("PRAGMA user_version").fetchone()
+            if version > len(MIGRATIONS):
+                raise sqlite3.DatabaseError("a newer Lobby has made it")
+            for number, script in enumerate(MIGRATIONS[version:], version + 1):
+                self.db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+            self.search_db = connect(str(path), 5)
             self.db.execute(
                 "INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),)
             )
@@ -315,14 +358,24 @@ class Storage:
     def close(self) -> None:
         """Finish what is under way and let go of the file."""
         self.thread.shutdown()
+        self.search_thread.shutdown(cancel_futures=True)
         self.resources.close()
+
+    async def run(self, thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        """Do this in that thread. Raises Refused if it fails."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, work)
+        except Exception:
+            log.exception("the database failed")
+            message = "The database failed, try again"
+            raise Refused("unavailable", message, retry_after=1) from None
 
     @in_database_thread
     def append(self, drafts: Sequence[Draft]) -> list[tuple[Event, bool]]:
         """Store all drafts, or none, in one durable transaction.
 
         Answers each with its message and whether it is new: a (user, mid) that is stored
-        already is answered with the original message and False.
+        already is answered with the original message, or that it was deleted, and False.
         """
         at = time.time_ns() // 1_000_000
         rows = [
@@ -338,41 +391,125 @@ class Storage:
     def _stored(self, *row: Any) -> tuple[Event, bool]:
         """What became of a row: itself, or the older message with the same user and mid."""
         id, _, user, _, _, mid = row
-        found = self.db.execute(
-            "SELECT id, room, user, text, at, mid FROM messages"
+        *found, deleted = self.db.execute(
+            "SELECT id, room, user, text, at, mid, deleted FROM messages"
             " WHERE id = ? OR (user = ? AND mid = ?)",
             (id, user, mid),
         ).fetchone()
+        if deleted is not None:
+            return Refused("forbidden", "This message was deleted").event, False
         return message_event(*found), found[0] == id
 
-    @in_database_thread
-    def page(
-        self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
+    def _page(
+        self,
+        db: sqlite3.Connection,
+        room: str,
+        limit: int,
+        before: int = MAX_ID,
+        after: int | None = None,
+        q: str = "",
     ) -> tuple[list[Event], bool]:
         """Messages with ``after`` < id < ``before``, oldest first, and whether there are more.
 
         At most ``limit``: the ones next to ``after`` if it is given, else next to ``before``.
+        With ``q``, only those that have this text in them.
         """
         order = "DESC" if after is None else "ASC"
-        rows = self.db.execute(
+        found = "AND text LIKE ? ESCAPE '\\'" if q else ""
+        literal = re.sub(r"([\\%_])", r"\\\1", q)  # to LIKE, % and _ would mean any text
+        rows = db.execute(
             "SELECT id, room, user, text, at, mid FROM messages"
-            f" WHERE room = ? AND id > ? AND id < ? ORDER BY id {order} LIMIT ?",
-            (room, after or 0, before, limit + 1),
+            f" WHERE room = ? AND id > ? AND id < ? AND deleted IS NULL {found}"
+            f" ORDER BY id {order} LIMIT ?",
+            (room, after or 0, before, *([f"%{literal}%"] if q else ()), limit + 1),
         ).fetchall()
         page = [message_event(*row) for row in rows[:limit]]
         return page if order == "ASC" else page[::-1], len(rows) > limit
 
     @in_database_thread
-    def rooms(self) -> list[str]:
-        """The names of all rooms that have messages."""
-        return [room for (room,) in self.db.execute(SELECT_ROOMS)]
+    def page(
+        self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
+    ) -> tuple[list[Event], bool]:
+        """See ``_page``. However long the room, an index leads to it."""
+        return self._page(self.db, room, limit, before, after)
+
+    async def search(
+        self, room: str, limit: int, before: int, after: int | None, q: str
+    ) -> tuple[list[Event], bool]:
+        """See ``_page``. What is found nowhere takes about a second for a million messages.
+
+        An index of all parts of all texts would find it at once, but storing would take three
+        times as long, and deleting a text would no longer be a matter of one row.
+        """
+        work = functools.partial(self._page, self.search_db, room, limit, before, after, q)
+        return await self.run(self.search_thread, work)
 
     @in_database_thread
-    def find_password(self, folded: str) -> tuple[str, str] | None:
-        """Name and hashed password of the person whose name folds to this, if any."""
-        query = "SELECT name, password FROM people WHERE folded = ?"
-        row: tuple[str, str] | None = self.db.execute(query, (folded,)).fetchone()
-        return row
+    def since(self, room: str, after: int, limit: int) -> list[list[Event]] | None:
+        """The messages after this id, and what was deleted since then; None if there are more."""
+        messages, more = self._page(self.db, room, limit, after=after)
+        deleted = self.db.execute(
+            "SELECT id FROM messages WHERE room = ? AND deleted >= ? AND id <= ? LIMIT ?",
+            (room, after, after, limit + 1),
+        ).fetchall()
+        if more or len(deleted) > limit:
+            return None
+        return [messages, [{"type": "deleted", "room": room, "id": id} for (id,) in deleted]]
+
+    @in_database_thread
+    def find_author(self, room: str, id: int) -> str | None:
+        """Who wrote this message, if there is one."""
+        query = "SELECT user FROM messages WHERE room = ? AND id = ? AND deleted IS NULL"
+        row = self.db.execute(query, (room, id)).fetchone()
+        return row and str(row[0])
+
+    @in_database_thread
+    def delete(self, id: int) -> bool:
+        """Wipe a message's text out of the file and of its journal; False if it has none."""
+        done = self.db.execute(
+            "UPDATE messages SET text = '', deleted = ? WHERE id = ? AND deleted IS NULL",
+            (self.last_id, id),
+        )
+        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return done.rowcount > 0
+
+    @in_database_thread
+    def rooms(self, person: str) -> list[str]:
+        """The names of the rooms that have messages, private conversations of others excepted."""
+        return [room for (room,) in self.db.execute(SELECT_ROOMS, (person,))]
+
+    @in_database_thread
+    def conversations(self, person: str) -> list[str]:
+        """The names of somebody's private conversations."""
+        query = "SELECT room FROM conversations WHERE person = ? ORDER BY room"
+        return [room for (room,) in self.db.execute(query, (person,))]
+
+    @in_database_thread
+    def find_person(self, folded: str) -> Person | None:
+        """The person whose name folds to this, if any."""
+        query = "SELECT name, folded, password, role, banned FROM people WHERE folded = ?"
+        row = self.db.execute(query, (folded,)).fetchone()
+        return row and Person(*row)
+
+    @in_database_thread
+    def roles(self, folded: Sequence[str]) -> dict[str, str]:
+        """The roles of these people by their names."""
+        query = "SELECT name, role FROM people WHERE folded IN (SELECT value FROM json_each(?))"
+        return dict(self.db.execute(query, (json.dumps(folded),)).fetchall())
+
+    @in_database_thread
+    def set_role(self, folded: str, role: str) -> bool:
+        """Give somebody a role; False, and nothing is changed, for the last admin."""
+        allowed = "true" if role == "admin" else NOT_THE_LAST_ADMIN
+        query = f"UPDATE people SET role = ? WHERE folded = ? AND {allowed}"
+        return self.db.execute(query, (role, folded)).rowcount > 0
+
+    @in_database_thread
+    def set_banned(self, folded: str, banned: bool) -> bool:
+        """Ban somebody or let them in again; False, and nothing is changed, for the last admin."""
+        allowed = NOT_THE_LAST_ADMIN if banned else "true"
+        query = f"UPDATE people SET banned = ? WHERE folded = ? AND {allowed}"
+        return self.db.execute(query, (banned, folded)).rowcount > 0
 
     @in_database_thread
     def add_person(self, folded: str, name: str, password: str, role: str | None = None) -> str:
@@ -401,14 +538,10 @@ class Storage:
         self.db.execute("INSERT OR IGNORE INTO revoked VALUES (?, ?)", (jti, exp))
 
     @in_database_thread
-    def find_bearer(self, folded: str, jti: str) -> tuple[str, str, bool] | None:
-        """Name and role of a token's bearer, if any, and whether the token was logged out."""
-        row: tuple[str, str, bool] | None = self.db.execute(
-            "SELECT name, role, EXISTS (SELECT 1 FROM revoked WHERE jti = ?)"
-            " FROM people WHERE folded = ?",
-            (jti, folded),
-        ).fetchone()
-        return row
+    def is_revoked(self, jti: str) -> bool:
+        """Whether this token was logged out."""
+        query = "SELECT 1 FROM revoked WHERE jti = ?"
+        return self.db.execute(query, (jti,)).fetchone() is not None
 
 
 # ======================================================================================
@@ -519,9 +652,13 @@ STATUS = {"rate_limited": 429, "forbidden": 403, "unknown_room": 404, "unavailab
 
 @app.exception_handler(Refused)
 async def refused(connection: Request | WebSocket, error: Refused) -> Response | None:
-    """Over HTTP a refusal is a status and its words; a socket is closed: come back later."""
+    """Over HTTP a refusal is a status and its words; a socket is closed.
+
+    1008 is final (RFC 6455, section 7.4.1), 1013 is "try again later" (IANA's registry).
+    """
     if isinstance(connection, WebSocket):
-        await close_socket(connection, WebSocketException(1013, str(error)))
+        code = 1008 if error.event["code"] == "forbidden" else 1013
+        await close_socket(connection, WebSocketException(code, str(error)))
         return None
     retry = error.event.get("retry_after")
     headers = {"Retry-After": str(math.ceil(retry))} if retry else None
@@ -817,7 +954,7 @@ async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
             await asyncio.wait_for(websocket.close(error.code, error.reason), timeout=1)
 
 
-CHAT_PROTOCOL = "lobby.v1"  # the one subprotocol there is, of the chat in chapter 9
+CHAT_PROTOCOL = "lobby.v1"  # the one subprotocol there is, of the chat in chapter 10
 
 
 def choose_subprotocol(websocket: WebSocket) -> str | None:
@@ -1177,13 +1314,16 @@ Claims = Annotated[dict[str, Any], Depends(read_claims)]
 
 async def identify(claims: Claims, storage: Database) -> Identity:
     """A dependency: who is there, by what is stored about them now. Raises Unauthorized."""
-    bearer = await storage.find_bearer(folded(claims["sub"]), claims["jti"])
-    if bearer is None:
+    person, logged_out = await asyncio.gather(
+        storage.find_person(folded(claims["sub"])), storage.is_revoked(claims["jti"])
+    )
+    if person is None:
         raise Unauthorized("Invalid token")
-    name, role, logged_out = bearer
     if logged_out:
         raise Unauthorized("Logged out")
-    return Identity(name, role, claims["jti"], claims["exp"])
+    if person.banned:
+        raise Refused("forbidden", "Banned")
+    return Identity(person.name, person.role, claims["jti"], claims["exp"])
 
 
 Me = Annotated[Identity, Depends(identify)]
@@ -1214,9 +1354,10 @@ async def check_origin(websocket: WebSocket) -> None:
 
 
 class Tether:
-    """By which an open socket is ended from elsewhere: its token expired or was logged out."""
+    """By which an open socket is ended from elsewhere: its token or its bearer is refused now."""
 
-    def __init__(self, jti: str) -> None:
+    def __init__(self, folded: str, jti: str) -> None:
+        self.folded = folded  # the bearer's name
         self.jti = jti
         self.cut: asyncio.Future[WebSocketException] = asyncio.get_running_loop().create_future()
 
@@ -1235,7 +1376,7 @@ Tethers = Annotated[set[Tether], from_state("tethers")]
 
 async def tethered(claims: Claims, tethers: Tethers) -> AsyncIterator[Tether]:
     """A dependency of sockets, solved before ``Me``: between the two no log-out can be missed."""
-    tether = Tether(claims["jti"])
+    tether = Tether(folded(claims["sub"]), claims["jti"])
     tethers.add(tether)
     expiry = asyncio.get_running_loop().call_later(
         claims["exp"] - time.time(), tether.end, 1008, "Unauthorized: Token expired"
@@ -1272,11 +1413,14 @@ async def log_in(storage: Storage, tokens: Tokens, username: str, password: str)
         key, password = folded(username), clean_password(password[: LONGEST_FORM * MAX_PASSWORD])
     except ValueError:  # nobody's
         key = password = ""
-    name, hashed = await storage.find_password(key) or ("", NO_PASSWORD)
-    if not await verify_password(password, hashed):
+    person = await storage.find_person(key)
+    right = await verify_password(password, person.password if person else NO_PASSWORD)
+    if not person or not right:
         log.info("refused log-in as %r", username[:32])
         raise HTTPException(401, "Bad username or password", {"WWW-Authenticate": "Bearer"})
-    return tokens.issue(name)
+    if person.banned:
+        raise Refused("forbidden", "Banned")
+    return tokens.issue(person.name)
 
 
 @app.post("/login")
@@ -1338,7 +1482,105 @@ async def add_demo_people(storage: Storage) -> None:
 
 
 # ======================================================================================
-# 8. Rooms
+# 8. Roles
+#
+# A token says who somebody is; what they may do is looked up each time they do something.
+# So a demotion or a ban counts from the next action on, and sockets that are open already
+# are ended from here.
+# ======================================================================================
+
+Role = Literal["member", "moderator", "admin"]  # each may do what the ones before it may
+ROLES = get_args(Role)
+
+
+def has_role(who: Identity | Person, role: Role) -> bool:
+    """Whether somebody is at least a ..."""
+    return ROLES.index(who.role) >= ROLES.index(role)
+
+
+def require(role: Role) -> Any:
+    """A dependency: who is asking, if they have this role now; 403 if not."""
+
+    async def check(me: Me) -> Identity:
+        if not has_role(me, role):
+            raise Refused("forbidden", f"Only a person with the role {role!r} may do this")
+        return me
+
+    return Depends(check)
+
+
+Moderator = Annotated[Identity, require("moderator")]
+Admin = Annotated[Identity, require("admin")]
+
+
+async def find_target(username: str, me: Moderator, storage: Database) -> Person:
+    """A dependency: the person in the path; 404 for nobody, 403 for one's equals and betters.
+
+    Admins have no betters, and may act on each other.
+    """
+    try:
+        person = await storage.find_person(folded(username))
+    except ValueError:
+        person = None
+    if person is None:
+        raise HTTPException(404, "There is nobody of this name")
+    if me.role != "admin" and has_role(person, "moderator"):
+        raise Refused("forbidden", f"Only an admin may do this to somebody who is {person.role}")
+    return person
+
+
+Target = Annotated[Person, Depends(find_target)]
+
+
+def end_sockets(tethers: Iterable[Tether], person: Person, reason: str) -> int:
+    """End all of somebody's sockets, and count them."""
+    mine = [tether for tether in tethers if tether.folded == person.folded]
+    for tether in mine:
+        tether.end(1008, reason)
+    log.info("%r: %s, %d sockets", person.name, reason.lower(), len(mine))
+    return len(mine)
+
+
+class NewRole(BaseModel):
+    """What somebody becomes."""
+
+    role: Role
+
+
+@app.put("/users/{username}/role")
+async def set_role(new: NewRole, me: Admin, person: Target, storage: Database) -> dict[str, Any]:
+    if not await storage.set_role(person.folded, new.role):
+        raise HTTPException(409, "The last admin cannot be demoted")
+    log.info("%r: %s, by %r", person.name, new.role, me.user)
+    return {"username": person.name, "role": new.role}
+
+
+@app.post("/users/{username}/kick")
+async def kick(person: Target, tethers: Tethers) -> dict[str, Any]:
+    """Close somebody's sockets. They may come back."""
+    return {"username": person.name, "sockets": end_sockets(tethers, person, "Kicked")}
+
+
+@app.post("/users/{username}/ban")
+async def ban(person: Target, storage: Database, tethers: Tethers) -> dict[str, Any]:
+    """Let somebody log in and send no more, and close their sockets."""
+    if not await storage.set_banned(person.folded, True):
+        raise HTTPException(409, "The last admin cannot be banned")
+    return {
+        "username": person.name,
+        "banned": True,
+        "sockets": end_sockets(tethers, person, "Banned"),
+    }
+
+
+@app.post("/users/{username}/unban")
+async def unban(person: Target, storage: Database) -> dict[str, Any]:
+    await storage.set_banned(person.folded, False)
+    return {"username": person.name, "banned": False}
+
+
+# ======================================================================================
+# 9. Rooms
 #
 # The textbook keeps a list of sockets and awaits each in turn: one reader that stalls
 # stops everybody. Here a room is a log, and a client a set of cursors into logs. Sending
@@ -1349,6 +1591,8 @@ async def add_demo_people(storage: Storage) -> None:
 #   reader (one a socket)       committer (one)                  writer (one a socket)
 #   check, post() --pending-->  take all that is pending --log-> read my rooms from my
 #                               one transaction, then append     cursors, send one frame
+#
+# A private conversation is a room with two members, and is named after them: @alice+bob.
 #
 # Everything below runs in the event loop and belongs to it, hence no locks; what must not
 # be interrupted is a plain function without `await`.
@@ -1362,6 +1606,18 @@ MAX_FRAME = 256 * KIB  # characters after which a frame takes no further batch
 MAX_FRAMES = 32  # of plain text that are sent one by one; more go out as lines of one frame
 MAX_OUTBOX = 1_000  # personal events that may wait for one client
 MAX_ROOMS = 100  # rooms that one client may follow
+TYPING_RATE = 1  # notices a second of one person in one room; they take room in its window
+
+
+def private_room(one: str, other: str) -> str:
+    """The name of the private conversation of these two."""
+    return "@" + "+".join(sorted((one, other)))
+
+
+def members(room: str) -> list[str]:
+    """The two people of a private conversation; nobody for a room that is everybody's."""
+    return room[1:].split("+") if room.startswith("@") else []
+
 
 Encode = Callable[[Sequence[Event]], list[str]]  # events to frames
 
@@ -1380,7 +1636,8 @@ def as_plain(events: Sequence[Event]) -> list[str]:
             case {"type": "message"}:
                 # Indented, a further line cannot pass for another person's message.
                 text = "\n    ".join(event["text"].splitlines())
-                frames.append(f"{event['user']}: {text}")
+                private = "[private] " if members(event["room"]) else ""
+                frames.append(f"{private}{event['user']}: {text}")
             case {"type": "joined" | "left"}:
                 frames.append(f"{event['user']} {event['type']} the chat!")
             case {"type": "history"}:
@@ -1534,28 +1791,41 @@ class ConnectionManager:
         self.storage = storage
         self.limit = RateLimit(settings.rate)
         self.join_limit = RateLimit(settings.rate)
+        self.typing_limit = RateLimit(TYPING_RATE)
         self.sockets_per_user = settings.sockets_per_user
         self.rooms: dict[str, Room] = {}
-        self.clients: set[Client] = set()
+        self.clients: dict[str, set[Client]] = {}  # of each person who is online
+        self.searching: set[str] = set()  # who waits for a search
         self.pending: list[Draft | Event] = []  # in order of arrival
         self.posted = asyncio.Event()
         self.stopping = False
 
     # -- Clients ----------------------------------------------------------------------
 
-    def connect(self, client: Client) -> None:
-        """Let a client in. Closes it with 1013 when its owner has too many sockets open."""
-        if limit := self.sockets_per_user:
-            mine = sum(other.owner.user == client.owner.user for other in self.clients)
-            if mine >= limit:
-                raise WebSocketException(1013, "Too many sockets")
-        self.clients.add(client)
+    async def connect(self, client: Client) -> None:
+        """Let a client in. Closes it with 1013 when its owner has too many sockets open.
+
+        The welcome comes first, even if somebody writes to its owner while it is made.
+        """
+        me = client.owner
+        mine = self.clients.setdefault(me.user, set())
+        if self.sockets_per_user and len(mine) >= self.sockets_per_user:
+            raise WebSocketException(1013, "Too many sockets")
+        mine.add(client)
+        private = await self.storage.conversations(me.user)
+        welcome: Event = {"type": "welcome", "user": me.user, "role": me.role}
+        welcome |= {"epoch": self.storage.epoch, "expires_at": me.exp, "rooms": private}
+        client.outbox.insert(0, welcome)
+        client.wake.set()
 
     def disconnect(self, client: Client) -> None:
         """Forget a client, wherever it is."""
         for room in list(client.cursors):
             self.leave(client, room)
-        self.clients.discard(client)
+        mine = self.clients[client.owner.user]
+        mine.discard(client)
+        if not mine:
+            del self.clients[client.owner.user]
 
     def send_personal_message(self, event: Event, client: Client) -> None:
         """Say something to one client. One that lets too much pile up is closed with 1013."""
@@ -1565,25 +1835,41 @@ class ConnectionManager:
         if len(client.outbox) > MAX_OUTBOX:
             client.tether.end(1013, "Too slow")
 
-    def online(self) -> dict[str, list[Client]]:
-        """The open sockets of each person who has any."""
-        return group_by_key((client.owner.user, client) for client in self.clients)
-
     # -- Rooms ------------------------------------------------------------------------
 
-    async def history(self, room: str, after: int | None, epoch: str | None) -> Event:
-        """All messages since ``after``; the newest ones if there is none, or it is no use.
+    async def find_room(self, name: str, user: str) -> str:
+        """The true name of a room, if this person may see it. Whoever names a room comes here.
 
-        It is no use if more than WINDOW messages have come since, or if it is the id of
-        another database's message.
+        Raises Refused otherwise, and says the same of a conversation between others as of
+        one that cannot be.
+        """
+        if not members(name):
+            return name
+        try:
+            names = [folded(member) for member in members(name)]
+            names.remove(folded(user))
+            (other,) = names
+            person = await self.storage.find_person(other)
+        except ValueError:  # no name, not mine, or not two
+            person = None
+        if person is None:
+            raise Refused("unknown_room", "No such room or person")
+        return private_room(user, person.name)
+
+    async def history(self, room: str, after: int | None, epoch: str | None) -> list[Event]:
+        """All that has happened since ``after``; the newest page if that is not to be had.
+
+        It is not if there is no ``after``, if more than WINDOW messages have come since, or
+        if it is the id of another database's message.
         """
         storage = self.storage
         if after is not None and epoch in (None, storage.epoch) and after <= storage.last_id:
-            messages, more = await storage.page(room, WINDOW, after=after)
-            if not more:
-                return history_event(room, messages, more)
+            missed = await storage.since(room, after, WINDOW)
+            if missed:
+                messages, deleted = missed
+                return [history_event(room, messages, more=False), *deleted]
         messages, more = await storage.page(room, HISTORY)
-        return history_event(room, messages, more, complete=after is None)
+        return [history_event(room, messages, more, complete=after is None)]
 
     async def join(
         self, client: Client, name: str, after: int | None = None, epoch: str | None = None
@@ -1596,15 +1882,15 @@ class ConnectionManager:
         """
         while wait := self.join_limit.retry_after(client.owner.user):
             await asyncio.sleep(wait)  # everybody in the room hears of joins
-        past = None
+        past: list[Event] = []
         if client.encode is as_json or after is not None:
             past = await self.history(name, after, epoch)
         room = self.rooms.setdefault(name, Room(name))
         people, user = room.people, client.owner.user
         if room in client.cursors:
             self.catch_up(client, room)
-        if past:
-            self.send_personal_message(past, client)
+        for event in past:
+            self.send_personal_message(event, client)
         presence = {"type": "presence", "room": name, "users": sorted(people | {user})}
         self.send_personal_message(presence, client)
         room.followers.add(client)
@@ -1631,12 +1917,26 @@ class ConnectionManager:
             client.tether.end(1013, "Too slow")
         client.cursors[room] = room.end
 
+    async def search(self, user: str, *query: Any) -> tuple[list[Event], bool]:
+        """What Storage.search finds. Raises Refused if this person's last search still runs."""
+        if user in self.searching:
+            raise Refused("rate_limited", "Your last search still runs", retry_after=1)
+        self.searching.add(user)
+        try:
+            return await self.storage.search(*query)
+        finally:
+            self.searching.discard(user)
+
     # -- Messages ---------------------------------------------------------------------
+
+    def spend(self, user: str) -> None:
+        """Count something that others notice. Raises Refused if it is too much."""
+        if wait := self.limit.retry_after(user):
+            raise Refused("rate_limited", "You are sending too fast", retry_after=wait)
 
     def post(self, draft: Draft) -> None:
         """Queue a message for storing. Raises Refused, and keeps nothing, when it may not be."""
-        if wait := self.limit.retry_after(draft.user):
-            raise Refused("rate_limited", "You are sending too fast", retry_after=wait)
+        self.spend(draft.user)
         if len(self.pending) >= MAX_PENDING:
             raise Refused("unavailable", "Too much waits to be stored, try again", retry_after=1)
         self.pending.append(draft)
@@ -1646,6 +1946,22 @@ class ConnectionManager:
         """Queue a notice behind the messages that came before it; it is not stored."""
         self.pending.append(notice)
         self.posted.set()
+
+    def typing(self, room: str, user: str) -> None:
+        """Announce that somebody is writing, unless there is more important work."""
+        if len(self.pending) < MAX_PENDING and not self.typing_limit.retry_after(f"{user} {room}"):
+            self.announce({"type": "typing", "room": room, "user": user})
+
+    async def delete(self, room: str, id: int) -> bool:
+        """Delete a message and say so; False if there is none.
+
+        Said at once, it still comes after the message and before whatever is stored later,
+        for the same reason as in ``join``.
+        """
+        deleted = await self.storage.delete(id)
+        if deleted:
+            self.broadcast(room, [{"type": "deleted", "room": room, "id": id}])
+        return deleted
 
     async def commit_forever(self) -> None:
         """The committer: store what is pending, then show it. Runs until ``stop``."""
@@ -1667,24 +1983,31 @@ class ConnectionManager:
 
     async def _commit(self, batch: Sequence[Draft | Event]) -> None:
         drafts = [item for item in batch if isinstance(item, Draft)]
-        stored: list[tuple[Event | None, bool]] = [(None, False)] * len(drafts)
-        if drafts:
-            with suppress(Refused):  # logged where it failed; each sender is told below
-                stored = [*await self.storage.append(drafts)]
+        try:
+            stored = await self.storage.append(drafts) if drafts else []
+        except Refused as error:  # each sender is told below
+            stored = [(error.event, False)] * len(drafts)
         outcomes = iter(stored)
         shown = [next(outcomes) if isinstance(item, Draft) else (item, True) for item in batch]
-        by_room = group_by_key(
-            (event["room"], event) for event, is_new in shown if event and is_new
-        )
+        by_room = group_by_key((event["room"], event) for event, is_new in shown if is_new)
         for room, events in by_room.items():
             self.broadcast(room, events)
         for draft, (event, is_new) in zip(drafts, stored, strict=True):
             draft.done(event, is_new)
 
     def broadcast(self, room: str, events: Sequence[Event]) -> None:
-        """Append to a room's log, and wake whoever follows it. Waits for nobody."""
+        """Append to a room's log, and wake whoever follows it. Waits for nobody.
+
+        Those whose private conversation it is are told of it on every socket that they have;
+        who came and left there, only where it is followed.
+        """
         if room in self.rooms:
             self.rooms[room].append(events)
+        for client in {client for user in members(room) for client in self.clients.get(user, ())}:
+            if self.rooms.get(room) not in client.cursors:
+                for event in events:
+                    if event["type"] not in ("joined", "left"):
+                        self.send_personal_message(event, client)
 
     def stop(self) -> None:
         """Let the committer end when all that is pending is stored."""
@@ -1693,11 +2016,11 @@ class ConnectionManager:
 
 
 # ======================================================================================
-# 9. The chat
+# 10. The chat
 #
 # A client may send anything at any time. So what it may say is a closed set of types, each
 # checked in one place; what is wrong is answered with an error event that names it, and
-# the socket stays open. Whatever is right is then a line or two in the words of chapter 8.
+# the socket stays open. Whatever is right is then a line or two in the words of chapter 9.
 # ======================================================================================
 
 MAX_TEXT = 4_000  # characters
@@ -1720,8 +2043,9 @@ def clean_text(text: str) -> str:
 
 
 def clean_room(name: str) -> str:
+    """A room's name in its one spelling; the two names in ``@alice+bob``, find_room checks."""
     try:
-        return clean_name(name)
+        return name if members(name) else clean_name(name)
     except PydanticCustomError as error:
         raise PydanticCustomError("unknown_room", "No such room: {0}", {"0": str(error)}) from None
 
@@ -1741,9 +2065,16 @@ class Incoming(BaseModel):
 
 class SendMessage(Incoming):
     type: Literal["message"]
-    room: RoomName
+    room: RoomName | None = None
+    to: str | None = None  # a person instead of a room
     text: Text
     mid: Mid
+
+    @model_validator(mode="after")
+    def has_one_target(self) -> SendMessage:
+        if (self.room is None) == (self.to is None):
+            raise PydanticCustomError("invalid", "A message goes to a 'room' or 'to' a person")
+        return self
 
 
 class JoinRoom(Incoming):
@@ -1758,6 +2089,11 @@ class LeaveRoom(Incoming):
     room: RoomName
 
 
+class Typing(Incoming):
+    type: Literal["typing"]
+    room: RoomName
+
+
 class GetHistory(Incoming):
     type: Literal["history"]
     room: RoomName
@@ -1765,7 +2101,7 @@ class GetHistory(Incoming):
     limit: Limit = HISTORY
 
 
-AnyIncoming = SendMessage | JoinRoom | LeaveRoom | GetHistory
+AnyIncoming = SendMessage | JoinRoom | LeaveRoom | Typing | GetHistory
 incoming: TypeAdapter[AnyIncoming] = TypeAdapter(
     Annotated[AnyIncoming, Field(discriminator="type")]
 )
@@ -1787,12 +2123,19 @@ def mid_of(line: str) -> str | None:
     return mid if isinstance(mid, str) and len(mid) <= 64 else None
 
 
+HELP = """\
+/msg bob hi  says hi to bob alone
+/who         who is here
+/help        this text"""
+
+
 class ChatHandler:
     """What one client says, understood and done."""
 
     def __init__(self, client: Client, manager: ConnectionManager) -> None:
         self.client = client
         self.manager = manager
+        self.user = client.owner.user
 
     def tell(self, event: Event) -> None:
         self.manager.send_personal_message(event, self.client)
@@ -1828,6 +2171,7 @@ class ChatHandler:
     async def enter(self, query: dict[str, str]) -> None:
         """Join the room that the socket's URL names, from where it says."""
         request = {"room": "lobby"} | query | {"type": "join"}
+        request["room"] = request["room"].replace(" ", "+")  # what a "+" in a query means
         await self.do(incoming.validate_strings(request, strict=False))
 
     async def handle_json(self, line: str) -> None:
@@ -1844,42 +2188,54 @@ class ChatHandler:
             case ["/who"]:
                 for room in self.client.cursors:
                     self.tell({"type": "text", "text": f"Here: {', '.join(sorted(room.people))}"})
+            case ["/msg", name, _, *_]:
+                text = text_only.validate_python(frame.split(maxsplit=2)[2])
+                self.post(await self.find_room(f"@{self.user}+{name}"), text, None)
+            case ["/msg", *_]:
+                raise Refused("invalid", "whom, and what? /msg bob hi")
             case ["/help"]:
-                self.tell({"type": "text", "text": "/who  who is here\n/help  this text"})
+                self.tell({"type": "text", "text": HELP})
             case _:
                 raise Refused("invalid", "unknown command; /help lists them")
 
+    async def find_room(self, name: str) -> str:
+        return await self.manager.find_room(name, self.user)
+
     async def do(self, event: AnyIncoming) -> None:
+        named = event.room if event.room is not None else f"@{self.user}+{event.to}"
+        room = await self.find_room(named)
         match event:
             case SendMessage():
-                self.post(event.room, event.text, event.mid)
+                self.post(room, event.text, event.mid)
             case JoinRoom():
-                followed = {room.name for room in self.client.cursors} - {event.room}
-                if len(followed) >= MAX_ROOMS:
+                others = {one.name for one in self.client.cursors} - {room}
+                if len(others) >= MAX_ROOMS:
                     raise Refused("forbidden", f"One socket follows at most {MAX_ROOMS} rooms")
-                await self.manager.join(self.client, event.room, event.after, event.epoch)
+                await self.manager.join(self.client, room, event.after, event.epoch)
             case LeaveRoom():
-                for room in [room for room in self.client.cursors if room.name == event.room]:
-                    self.manager.leave(self.client, room)
+                for followed in [one for one in self.client.cursors if one.name == room]:
+                    self.manager.leave(self.client, followed)
+            case Typing():
+                self.manager.typing(room, self.user)
             case GetHistory():
-                page = await self.manager.storage.page(event.room, event.limit, event.before)
-                self.tell(history_event(event.room, *page))
+                page = await self.manager.storage.page(room, event.limit, event.before)
+                self.tell(history_event(room, *page))
 
     def post(self, room: str, text: str, mid: str | None) -> None:
         """Send a message. What becomes of it comes back through the room, or to it alone."""
 
-        def done(event: Event | None, is_new: bool) -> None:
-            if event is None:
-                self.tell_error(Refused("unavailable", "Not stored, try again"), mid)
-                return
+        def done(event: Event, is_new: bool) -> None:
             followed = self.manager.rooms.get(room)
-            if followed not in self.client.cursors:
+            if event["type"] == "error":
+                self.tell(event | ({"mid": mid} if mid else {}))
+            elif not is_new:
+                if followed and followed in self.client.cursors:
+                    self.manager.catch_up(self.client, followed)  # or it would overtake the others
                 self.tell(event)
-            elif not is_new and followed:
-                self.manager.catch_up(self.client, followed)  # or it would overtake the others
+            elif followed not in self.client.cursors and not members(room):
                 self.tell(event)
 
-        self.manager.post(Draft(room, self.client.owner.user, text, mid, done))
+        self.manager.post(Draft(room, self.user, text, mid, done))
 
 
 Manager = Annotated[ConnectionManager, from_state("manager")]
@@ -1892,12 +2248,9 @@ async def chat(websocket: WebSocket, tether: MyTether, me: Me, manager: Manager)
     await websocket.accept(subprotocol)
     client = Client(websocket, me, tether, as_json if subprotocol else as_plain)
     handler = ChatHandler(client, manager)
-    manager.connect(client)
     log.info("connected %r from %s", me.user, client_host(websocket))
     try:
-        welcome: Event = {"type": "welcome", "user": me.user, "role": me.role}
-        welcome |= {"epoch": manager.storage.epoch, "expires_at": me.exp, "rooms": []}
-        handler.tell(welcome)
+        await manager.connect(client)
         query = dict(websocket.query_params)
         await side_by_side(handler.read(query), client.write(), tether.hold())
     except (WebSocketDisconnect, WebSocketException) as end:
@@ -1907,24 +2260,47 @@ async def chat(websocket: WebSocket, tether: MyTether, me: Me, manager: Manager)
         manager.disconnect(client)
 
 
+def visible(rooms: Iterable[str], me: Identity) -> list[str]:
+    """Those of the rooms that are no private conversations of others."""
+    return [room for room in rooms if not members(room) or me.user in members(room)]
+
+
 @app.get("/rooms")
 async def list_rooms(me: Me, storage: Database, manager: Manager) -> list[dict[str, Any]]:
-    names = {"lobby", *manager.rooms, *await storage.rooms()}
+    """The rooms that the caller may see, and how many people are in each."""
     online = {name: len(room.people) for name, room in manager.rooms.items()}
+    names = {"lobby", *visible(manager.rooms, me), *await storage.rooms(me.user)}
     return [{"room": name, "online": online.get(name, 0)} for name in sorted(names)]
+
+
+async def find_room(room: RoomName, me: Me, manager: Manager) -> str:
+    """A dependency: the room in the path, if the caller may see it; 404 if not."""
+    return await manager.find_room(room, me.user)
+
+
+VisibleRoom = Annotated[str, Depends(find_room)]
 
 
 @app.get("/rooms/{room}/messages")
 async def read_messages(
-    room: RoomName,
+    room: VisibleRoom,
     me: Me,
-    storage: Database,
+    manager: Manager,
     before: Annotated[Id, Query()] = MAX_ID,
     after: Annotated[Id | None, Query()] = None,
     limit: Annotated[Limit, Query()] = HISTORY,
+    q: Annotated[
+        str, Query(max_length=200), AfterValidator(functools.partial(normalize, "NFC"))
+    ] = "",
 ) -> dict[str, Any]:
-    """A page, oldest first: next to ``after`` if that is given, else next to ``before``."""
-    messages, more = await storage.page(room, limit, before, after)
+    """A page, oldest first: next to ``after`` if that is given, else next to ``before``.
+
+    With ``q``, only messages with exactly this in their text; for A to Z, case is the same.
+    """
+    if q:
+        messages, more = await manager.search(me.user, room, limit, before, after, q)
+    else:
+        messages, more = await manager.storage.page(room, limit, before, after)
     return {"messages": messages, "more": more}
 
 
@@ -1937,33 +2313,46 @@ class NewMessage(BaseModel):
 
 @app.post("/rooms/{room}/messages", status_code=201)
 async def post_message(
-    room: RoomName, new: NewMessage, me: Me, manager: Manager, response: Response
+    room: VisibleRoom, new: NewMessage, me: Me, manager: Manager, response: Response
 ) -> Event:
     """Answers once the message is stored: 201, or 200 with the original for a repeated ``mid``."""
-    outcome: asyncio.Future[tuple[Event | None, bool]] = asyncio.get_running_loop().create_future()
+    outcome: asyncio.Future[tuple[Event, bool]] = asyncio.get_running_loop().create_future()
 
-    def done(event: Event | None, is_new: bool) -> None:
+    def done(event: Event, is_new: bool) -> None:
         if not outcome.done():  # the client may have gone
             outcome.set_result((event, is_new))
 
     manager.post(Draft(room, me.user, new.text, new.mid, done))
     event, is_new = await outcome
-    if event is None:
-        raise Refused("unavailable", "Not stored, try again", retry_after=1)
+    if event["type"] == "error":
+        raise Refused(**{key: value for key, value in event.items() if key != "type"})
     if not is_new:
         response.status_code = 200
     return event
 
 
+@app.delete("/rooms/{room}/messages/{id}", status_code=204)
+async def delete_message(room: VisibleRoom, id: Id, me: Me, manager: Manager) -> None:
+    """Delete a message: for its author and for moderators."""
+    author = await manager.storage.find_author(room, id)
+    if author and author != me.user and not has_role(me, "moderator"):
+        raise Refused("forbidden", "Only its author or a moderator may delete a message")
+    manager.spend(me.user)
+    if not author or not await manager.delete(room, id):
+        raise HTTPException(404, "There is no such message in this room")
+
+
 @app.get("/users")
 async def list_users(me: Me, manager: Manager) -> list[dict[str, Any]]:
+    """Who is online, and in which of the rooms that the caller may see."""
+    rooms = {
+        name: {room.name for client in clients for room in client.cursors}
+        for name, clients in manager.clients.items()
+    }
+    roles = await manager.storage.roles([folded(name) for name in rooms])
     return [
-        {
-            "username": name,
-            "role": clients[0].owner.role,
-            "rooms": sorted({room.name for client in clients for room in client.cursors}),
-        }
-        for name, clients in sorted(manager.online().items())
+        {"username": name, "role": roles[name], "rooms": sorted(visible(rooms[name], me))}
+        for name in sorted(rooms)
     ]
 
 
@@ -1971,14 +2360,14 @@ async def list_users(me: Me, manager: Manager) -> list[dict[str, Any]]:
 async def healthz(storage: Database, manager: Manager) -> dict[str, Any]:
     """For whoever watches the server: people online and rooms open; 503 if the database fails."""
     await storage.count_people()
-    return {"status": "ok", "online": len(manager.online()), "rooms": len(manager.rooms)}
+    return {"status": "ok", "online": len(manager.clients), "rooms": len(manager.rooms)}
 
 
 app.add_api_websocket_route("/ws/{session_id}", session_socket)  # the last one: see chapter 6
 
 
 # ======================================================================================
-# 10. The page
+# 11. The page
 #
 # One constant, sent as it is: nothing is put into it on the server, so nothing can be
 # smuggled in. Its policy lets exactly this script and this style run, by their hashes.
@@ -2270,7 +2659,7 @@ async def page() -> HTMLResponse:
 
 
 # ======================================================================================
-# 11. Serving
+# 12. Serving
 #
 # uvicorn waits for what it has to send to be taken, be it forever: right for a request
 # that ends, wrong for sockets that stay open for days, some of them held by nobody or by

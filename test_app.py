@@ -7,6 +7,7 @@ The page is tested in headless Chromium where Playwright and Chromium are instal
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import http.client
@@ -15,6 +16,7 @@ import logging
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -123,7 +125,7 @@ def chat(
     client: TestClient, user: str = "user1", query: str = "", quiet: bool = True
 ) -> Iterator[Chat]:
     """An open chat socket; ``quiet``: what comes on joining has been read."""
-    first = user not in app.state.manager.online()
+    first = user not in app.state.manager.clients
     protocols = ["lobby.v1", f"bearer.{token(user)}"]
     with client.websocket_connect(f"/ws/chat?{query}", subprotocols=protocols) as websocket:
         conversation = Chat(websocket.receive_text, websocket.send_text)
@@ -349,7 +351,8 @@ def test_messages_that_wait_together_are_stored_by_one_statement(client: TestCli
         for _ in range(20):
             conversation.next("message")
         storage.db.set_trace_callback(None)
-    assert 1 <= sum("INSERT INTO messages" in one for one in statements) <= 2
+    inserts = {one for one in statements if one.lstrip().startswith("INSERT INTO messages")}
+    assert 1 <= len(inserts) <= 2
 
 
 def test_a_database_that_fails_loses_nothing_silently(client: TestClient) -> None:
@@ -387,19 +390,46 @@ def test_a_second_process_on_the_same_database_is_refused(serve: Callable[..., S
     assert server.request("/healthz")["status"] == "ok"
 
 
-def test_a_page_is_read_from_an_index(client: TestClient) -> None:
-    """Only the rows shown are read, however many a room has."""
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/rooms",
+        "/rooms/lobby/messages",
+        "/rooms/lobby/messages?before=9&after=5",
+        "/rooms/lobby/messages?q=tea",
+    ],
+)
+def test_messages_are_read_from_an_index(client: TestClient, path: str) -> None:
+    """However many messages a room has, its newest page costs the rows shown."""
     statements: list[str] = []
     storage = app.state.storage
-    storage.db.set_trace_callback(statements.append)
-    client.get("/rooms/lobby/messages", headers=bearer())
-    client.get("/rooms", headers=bearer())
-    storage.db.set_trace_callback(None)
-    for statement in statements[1::2]:  # each follows the look-up of the token's bearer
-        plan = str(storage.db.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall())
-        assert "SEARCH messages USING" in plan
-        assert "SCAN messages" not in plan.replace("SCAN messages USING COVERING", "")
-        assert "TEMP B-TREE" not in plan
+    for db in (storage.db, storage.search_db):
+        db.set_trace_callback(statements.append)
+    assert client.get(path, headers=bearer()).status_code == 200
+    for db in (storage.db, storage.search_db):
+        db.set_trace_callback(None)
+    (statement,) = [one for one in statements if "FROM messages" in one]
+    plan = str(storage.db.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall())
+    assert "SEARCH messages USING" in plan
+    assert "SCAN messages" not in plan.replace("SCAN messages USING COVERING", "")
+    assert "ORDER BY" not in plan  # no sorting of what was found
+
+
+def test_a_database_of_an_older_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "chat.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(lobby.MIGRATIONS[0])
+        db.execute("INSERT INTO people VALUES ('Zoë', 'zoë', ?, 'admin')", (lobby.NO_PASSWORD,))
+        db.execute("INSERT INTO messages VALUES (7, 'lobby', 'Zoë', 'from long ago', 0, 'm1')")
+        db.commit()
+    with TestClient(app) as client:
+        page = client.get("/rooms/lobby/messages", headers=bearer("Zoë")).json()
+        assert [message["text"] for message in page["messages"]] == ["from long ago"]
+        assert client.post("/users/Zoë/ban", headers=bearer("Zoë")).status_code == 409
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(StartError, match=r"CHAT_DB=.*newer"):
+        Storage(path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
@@ -1063,7 +1093,163 @@ def test_refusals_are_seen_on_the_wire(serve: Callable[..., Server]) -> None:
     assert denied.value.response.status_code == 403
 
 
-# -- 8. Rooms ------------------------------------------------------------------------------
+# -- 8. Roles ------------------------------------------------------------------------------
+
+
+def act(client: TestClient, who: str, path: str, role: str = "") -> int:
+    """The status that somebody gets for ``kick``, ``ban``, ``unban`` or a new role."""
+    if role:
+        answer = client.put(f"/users/{path}/role", json={"role": role}, headers=bearer(who))
+    else:
+        answer = client.post(f"/users/{path}", headers=bearer(who))
+    return answer.status_code
+
+
+@pytest.fixture
+def people(client: TestClient) -> None:
+    """Two of each role: member1, member2, moderator1, ... beside the demo people."""
+    add = app.state.storage.add_person
+    for role in lobby.ROLES:
+        for name in (f"{role}1", f"{role}2"):
+            asyncio.run(add(name, name, lobby.NO_PASSWORD, role))
+
+
+@pytest.mark.usefixtures("people")
+@pytest.mark.parametrize("action", ["kick", "ban", "unban", "role"])
+def test_everybody_may_act_on_those_below_them_and_admins_on_each_other(
+    client: TestClient, action: str
+) -> None:
+    for who in lobby.ROLES:
+        for whom in lobby.ROLES:
+            if action == "role":
+                status = act(client, f"{who}1", f"{whom}2", role=whom)
+            else:
+                status = act(client, f"{who}1", f"{whom}2/{action}")
+            moderates = who == "moderator" and whom == "member" and action != "role"
+            assert status == (200 if who == "admin" or moderates else 403), (who, whom)
+    assert client.post(f"/users/member2/{action}").status_code in (401, 405)
+    assert act(client, "admin1", "nobody/kick") == act(client, "admin1", "a b/kick") == 404
+    assert act(client, "member1", "nobody/kick") == 403  # who may not act learns nothing
+    assert act(client, "admin1", "member2", role="king") == 422
+
+
+def test_a_new_role_counts_from_the_next_action_on(client: TestClient) -> None:
+    """With the same token and while the socket stays open."""
+    mine = bearer()
+    with chat(client) as conversation:
+        assert client.post("/users/user2/kick", headers=mine).status_code == 403
+        assert act(client, "admin", "USER1", role="moderator") == 200  # names have no case
+        assert client.post("/users/user2/kick", headers=mine).status_code == 200
+        online = client.get("/users", headers=mine).json()
+        assert online == [{"username": "user1", "role": "moderator", "rooms": ["lobby"]}]
+        assert client.get("/me", headers=mine).json() == {"username": "user1", "role": "moderator"}
+        assert act(client, "admin", "user1", role="member") == 200
+        assert client.post("/users/user2/kick", headers=mine).status_code == 403
+        conversation.nothing_came()
+
+
+def test_a_token_says_nothing_of_a_role(client: TestClient) -> None:
+    claims = jwt.decode(token("admin"), options={"verify_signature": False})
+    assert set(claims) == {"sub", "iat", "exp", "jti"}
+
+
+def test_the_last_admin_stays_one(client: TestClient) -> None:
+    assert act(client, "admin", "admin", role="moderator") == 409
+    assert act(client, "admin", "admin/ban") == 409
+    act(client, "admin", "user1", role="admin")
+    act(client, "admin", "user1/ban")  # a banned admin is no admin who could help
+    assert act(client, "admin", "admin", role="member") == 409
+    act(client, "admin", "user1/unban")
+    assert act(client, "admin", "admin", role="member") == 200
+    assert act(client, "user1", "user1/ban") == 409
+
+
+def test_admins_who_demote_each_other_at_once_leave_one(client: TestClient) -> None:
+    """Both were admins when they asked; the database does one after the other."""
+    act(client, "admin", "user1", role="admin")
+    held = threading.Event()
+    answers: list[int] = []
+    demote = lambda who, whom: answers.append(act(client, who, whom, role="member"))  # noqa: E731
+    # Both questions after the roles wait together; then both demotions do.
+    threads = [
+        threading.Thread(target=demote, args=a) for a in [("admin", "user1"), ("user1", "admin")]
+    ]
+    app.state.storage.thread.submit(held.wait)
+    for thread in threads:
+        thread.start()
+    while app.state.storage.thread._work_queue.qsize() < 4:
+        time.sleep(0.001)
+    held.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [200, 409]
+    roles = [client.get("/me", headers=bearer(user)).json()["role"] for user in ("admin", "user1")]
+    assert sorted(roles) == ["admin", "member"]
+
+
+def closed(websocket: Any) -> tuple[int, str]:
+    """How a socket of the test client was closed, after all that came before."""
+    with pytest.raises(WebSocketDisconnect) as error:
+        while True:
+            websocket.receive_text()
+    return error.value.code, error.value.reason
+
+
+def test_a_kick_closes_all_sockets_of_one_person(client: TestClient) -> None:
+    with (
+        client.websocket_connect("/ws/chat", headers=bearer()) as tab,
+        client.websocket_connect("/ws/chat", headers=bearer()) as other_tab,
+        client.websocket_connect("/ws/protected", headers=bearer()) as protected,
+        client.websocket_connect("/ws/protected", headers=bearer("user2")) as bystander,
+    ):
+        assert protected.receive_text().startswith("Hello")
+        answer = client.post("/users/user1/kick", headers=bearer("admin"))
+        assert answer.json() == {"username": "user1", "sockets": 3}
+        assert [closed(one) for one in (tab, other_tab, protected)] == [(1008, "Kicked")] * 3
+        bystander.receive_text()
+        bystander.send_text("still here")
+        assert bystander.receive_text() == "user2 says: still here"
+    with chat(client) as conversation:  # a kick is no ban
+        conversation.nothing_came()
+
+
+def test_who_is_banned_is_out_until_unbanned(client: TestClient) -> None:
+    mine, credentials = bearer(), {"username": "user1", "password": "password1"}
+    with client.websocket_connect("/ws/chat", headers=mine) as tab:
+        assert act(client, "admin", "user1/ban") == 200
+        assert closed(tab) == (1008, "Banned")
+    for path in ("/ws/chat", "/ws/protected"):
+        with client.websocket_connect(path, headers=mine) as refused_tab:
+            assert closed(refused_tab) == (1008, "Banned")
+    for answer in (
+        client.post("/rooms/lobby/messages", json={"text": "let me in"}, headers=mine),
+        client.get("/me", headers=mine),
+        client.post("/login", json=credentials),
+    ):
+        assert (answer.status_code, answer.json()) == (403, {"detail": "Banned"})
+    wrong = client.post("/login", json=credentials | {"password": "wrong"})
+    assert wrong.status_code == 401  # only who knows the password learns of the ban
+    assert act(client, "admin", "user1/unban") == 200
+    assert client.post("/login", json=credentials).status_code == 200
+    assert client.get("/me", headers=mine).status_code == 200
+
+
+def test_kicks_and_bans_are_seen_on_the_wire(serve: Callable[..., Server]) -> None:
+    server = serve()
+    mine, admins = server.token(), server.token("admin")
+    for action, reason in [("kick", "Kicked"), ("ban", "Banned")]:
+        websocket = server.connect(f"/ws/protected?token={mine}")
+        websocket.recv(timeout=20)
+        server.request(f"/users/user1/{action}", {}, Authorization=f"Bearer {admins}")
+        with pytest.raises(ConnectionClosed) as error:
+            websocket.recv(timeout=20)
+        assert error.value.rcvd and (error.value.rcvd.code, error.value.rcvd.reason) == (
+            1008,
+            reason,
+        )
+
+
+# -- 9. Rooms ------------------------------------------------------------------------------
 
 
 def message(id: int, text: str = "hi") -> dict[str, Any]:
@@ -1127,16 +1313,16 @@ def test_presence_agrees_with_a_model_however_tabs_come_and_go(client: TestClien
     tabs: dict[str, list[Any]] = {"user1": [], "user2": []}
     expected: list[tuple[str, str]] = []
     with chat(client, "admin") as watcher, ExitStack() as all_tabs:
-        for _ in range(300):
+        for _ in range(1000):
             user = rng.choice(list(tabs))
-            if tabs[user] and rng.random() < 0.5:
+            if tabs[user] and rng.random() < len(tabs[user]) / 6:
                 tab = tabs[user].pop(rng.randrange(len(tabs[user])))
                 tab.close()
                 expected += [] if tabs[user] else [("left", user)]
             else:
                 expected += [] if tabs[user] else [("joined", user)]
                 tab = ExitStack()
-                tab.enter_context(client.websocket_connect("/ws/chat", headers=bearer(user)))
+                tab.enter_context(chat(client, user))
                 all_tabs.push(tab)
                 tabs[user].append(tab)
         events = [watcher.next() for _ in expected]
@@ -1254,7 +1440,7 @@ def memory(pid: int) -> int:
     return int(status.read_text().split("VmRSS:")[1].split()[0]) * 2**10 if status.exists() else 0
 
 
-# -- 9. The chat ---------------------------------------------------------------------------
+# -- 10. The chat --------------------------------------------------------------------------
 
 
 def test_welcome_history_presence_and_joined_come_first(client: TestClient) -> None:
@@ -1469,6 +1655,315 @@ def test_the_chat_over_http_wants_a_token(client: TestClient) -> None:
         assert answer.status_code == 401, path
 
 
+def post(client: TestClient, text: str, user: str = "user1", room: str = "lobby") -> int:
+    """Send a message over HTTP, and answer its id."""
+    answer = client.post(f"/rooms/{room}/messages", json={"text": text}, headers=bearer(user))
+    assert answer.status_code == 201
+    return int(answer.json()["id"])
+
+
+def texts_of(client: TestClient, room: str = "lobby", user: str = "user1", **query: Any) -> Any:
+    """The texts of a page, or the status if there is none."""
+    answer = client.get(f"/rooms/{room}/messages", params=query, headers=bearer(user))
+    if answer.status_code != 200:
+        return answer.status_code
+    return [message["text"] for message in answer.json()["messages"]]
+
+
+def test_search_takes_its_text_literally(client: TestClient) -> None:
+    texts = [
+        "50% off",
+        "500 off",
+        "snake_case",
+        "snakeXcase",
+        r"back\slash",
+        "Tea? TEA!",
+        "茶水",
+        "it's",
+    ]
+    for text in texts:
+        post(client, text)
+    for q, found in [
+        ("50%", ["50% off"]),
+        ("%", ["50% off"]),
+        ("_", ["snake_case"]),
+        ("\\", [r"back\slash"]),
+        ("tea", ["Tea? TEA!"]),
+        ("茶", ["茶水"]),
+        ("'", ["it's"]),
+        ("off", ["50% off", "500 off"]),
+        ("", texts),
+        ("no such text", []),
+    ]:
+        assert texts_of(client, q=q) == found
+    assert texts_of(client, q="off", limit=1) == ["500 off"]
+    assert texts_of(client, q="off", before=2) == ["50% off"]
+    assert texts_of(client, room="tea", q="off") == []
+    assert texts_of(client, q="x" * 201) == 422
+
+
+def test_a_search_holds_up_no_message_and_one_person_has_one_at_a_time(client: TestClient) -> None:
+    post(client, "find me")
+    held, found = threading.Event(), []
+    with chat(client, "user2") as watcher:
+        app.state.storage.search_thread.submit(held.wait)
+        search = threading.Thread(target=lambda: found.append(texts_of(client, q="find")))
+        search.start()
+        while not app.state.manager.searching:
+            time.sleep(0.001)
+        assert texts_of(client, q="me too") == 429
+        watcher.say("meanwhile", "m1")
+        assert watcher.next()["text"] == "meanwhile"
+        assert not found
+        held.set()
+        search.join()
+    assert found == [["find me"]]
+    assert texts_of(client, q="find") == ["find me"]
+
+
+# Private conversations.
+
+
+def test_a_private_message_reaches_all_sockets_of_both_and_nobody_else(client: TestClient) -> None:
+    with (
+        chat(client) as mine,
+        chat(client, query="room=tea") as my_other,
+        chat(client, "user2") as theirs,
+        chat(client, "admin") as admin,
+    ):
+        for conversation in (mine, theirs):
+            conversation.send("leave", room="lobby")
+        mine.send("message", to="USER2", text="hi", mid="m1")
+        expected = {"room": "@user1+user2", "user": "user1", "text": "hi", "mid": "m1"}
+        for conversation in (mine, my_other, theirs):
+            event = conversation.next("message")
+            assert {key: event[key] for key in expected} == expected
+        theirs.send("message", room="@user2+user1", text="hello", mid="m2")  # either order
+        assert mine.next("message") == my_other.next("message") == theirs.next("message")
+        admin.next("left"), admin.next("left")
+        for conversation in (mine, my_other, theirs, admin):
+            conversation.nothing_came()
+        mine.send("message", to="user2", text="hi", mid="m1")
+        assert mine.next() == event  # a resend: to its sender alone
+        for conversation in (my_other, theirs):
+            conversation.nothing_came()
+
+
+def test_who_follows_a_private_conversation_hears_everything_once(client: TestClient) -> None:
+    with chat(client) as mine, chat(client, "user2") as theirs:
+        mine.next("joined")
+        mine.send("join", room="@user1+user2")
+        assert [mine.next()["type"] for _ in range(3)] == ["history", "presence", "joined"]
+        for sender in (mine, theirs):
+            sender.send("message", room="@user1+user2", text="hi", mid="m1")
+            assert mine.next() == theirs.next()
+        theirs.send("typing", room="@user1+user2")
+        assert mine.next() == theirs.next()
+        for conversation in (mine, theirs):
+            conversation.nothing_came()
+
+
+def test_a_private_conversation_is_stored_listed_and_resumed(client: TestClient) -> None:
+    with chat(client) as mine:
+        for n in range(3):
+            mine.send("message", to="user2", text=f"for later {n}", mid=f"m{n}")
+        first, *_ = [mine.next("message")["id"] for _ in range(3)]
+    with chat(client, "user2", quiet=False) as theirs:
+        assert theirs.next("welcome")["rooms"] == ["@user1+user2"]
+        theirs.send("join", room="@user1+user2", after=first)
+        theirs.next("history")  # the lobby's
+        missed = theirs.next("history")
+        assert [event["text"] for event in missed["messages"]] == ["for later 1", "for later 2"]
+        theirs.send("history", room="@user1+user2", limit=1)
+        assert theirs.next("history")["messages"] == missed["messages"][-1:]
+    rooms = client.get("/rooms", headers=bearer("user2")).json()
+    assert rooms[0] == {"room": "@user1+user2", "online": 0}
+    everything = [f"for later {n}" for n in range(3)]
+    assert texts_of(client, "@user1+user2") == texts_of(client, "@USER2+user1") == everything
+    assert texts_of(client, "@user1+user2", q="later 1") == ["for later 1"]
+    assert ids_after(client, first, room="@user1+user2")[0] == [first + 1, first + 2]
+
+
+@pytest.mark.parametrize("to", ["nobody", "b@d name", "", "user2+admin", "@user2", "\u0000"])
+def test_to_somebody_who_does_not_exist_is_an_error(client: TestClient, to: str) -> None:
+    with chat(client) as conversation:
+        conversation.send("message", to=to, text="hi", mid="m1")
+        error = conversation.next()
+        assert (error["code"], error["mid"]) == ("unknown_room", "m1")
+        conversation.send("message", to="user2", room="lobby", text="hi", mid="m2")
+        assert conversation.next()["code"] == "invalid"
+
+
+PRIVATE = ["@user1+user2", "@user2+user1", "@USER1+user2", "@user1+nobody", "@user1+user2+admin"]
+
+
+@pytest.mark.parametrize("room", PRIVATE)
+def test_nobody_else_can_read_join_list_or_find_a_private_conversation(
+    client: TestClient, room: str
+) -> None:
+    """Not an admin either; and what others have is answered like what nobody has."""
+    secret = post(client, "secret", room="@user1+user2")
+    unknown = {"type": "error", "code": "unknown_room", "message": "No such room or person"}
+    with (
+        chat(client, query="room=@user1%2Buser2") as mine,
+        chat(client, "user2") as theirs,
+        chat(client, "admin", quiet=False) as admin,
+    ):
+        assert admin.next("welcome")["rooms"] == []
+        admin.next("joined")
+        for event in (
+            {"type": "join", "room": room},
+            {"type": "join", "room": room, "after": 0},
+            {"type": "leave", "room": room},
+            {"type": "typing", "room": room},
+            {"type": "history", "room": room},
+        ):
+            admin.send(**event)
+            assert admin.next() == unknown
+        admin.say("let me in", "m1", room=room)
+        assert admin.next() == unknown | {"mid": "m1"}
+        mine.say("between us", "m2", room="@user1+user2")
+        assert theirs.next("message") == mine.next("message")
+        admin.nothing_came()
+        mine.nothing_came()
+        headers = bearer("admin")
+        url = f"/rooms/{room}/messages"
+        for answer in (
+            client.get(url, headers=headers),
+            client.get(url, params={"q": "secret"}, headers=headers),
+            client.post(url, json={"text": "hi"}, headers=headers),
+            client.delete(f"{url}/{secret}", headers=headers),
+        ):
+            assert (answer.status_code, answer.json()["detail"]) == (404, unknown["message"])
+        assert client.delete(f"/rooms/lobby/messages/{secret}", headers=headers).status_code == 404
+        assert texts_of(client, "lobby", user="admin") == []
+        for path in ("/rooms", "/users"):
+            assert "user1+user2" not in client.get(path, headers=headers).text
+            assert "@user1+user2" in client.get(path, headers=bearer("user2")).text
+    with client.websocket_connect(
+        f"/ws/chat?after=0&room={room.replace('+', '%2B')}", headers=headers
+    ) as plain:
+        assert plain.receive_text() == f"Error: {unknown['message']}"
+
+
+def test_in_a_url_the_plus_of_a_conversation_may_stand_as_it_is(client: TestClient) -> None:
+    with chat(client, query="room=@user1+user2", quiet=False) as conversation:
+        assert conversation.next("history")["room"] == "@user1+user2"
+
+
+def test_private_messages_in_plain_text(client: TestClient) -> None:
+    with (
+        client.websocket_connect("/ws/chat", headers=bearer()) as one,
+        client.websocket_connect("/ws/chat", headers=bearer("user2")) as two,
+        chat(client, "admin") as admin,
+    ):
+        assert one.receive_text() == "user1 joined the chat!"
+        one.send_text("/msg USER2  hi,\nyou two")
+        while (line := two.receive_text()).endswith("joined the chat!"):
+            pass
+        assert line == "[private] user1: hi,\n    you two"
+        for wrong in ("/msg", "/msg user2", "/msg nobody hi", "/msg user2 \x00"):
+            two.send_text(wrong)
+            assert two.receive_text().startswith("Error: ")
+        two.send_text("not private")
+        assert two.receive_text() == "user2: not private"
+        assert admin.next("message")["text"] == "not private"
+        while (line := one.receive_text()).endswith("joined the chat!"):
+            pass
+        assert line == "[private] user1: hi,\n    you two"
+
+
+# Typing, and deletion.
+
+
+def test_typing_is_announced_but_not_stored(client: TestClient) -> None:
+    with chat(client) as one, chat(client, "user2") as two:
+        for _ in range(50):  # more than anybody can use
+            one.send("typing", room="lobby")
+        one.say("done", "m1")
+        events = []
+        while not events or events[-1]["type"] != "message":
+            events.append(two.next())
+        assert events[0] == {"type": "typing", "room": "lobby", "user": "user1"}
+        assert 1 < len(events) < 10
+    assert texts_of(client) == ["done"]
+
+
+def delete(client: TestClient, id: int, user: str = "user1", room: str = "lobby") -> int:
+    url = f"/rooms/{room}/messages/{id}"
+    return int(client.delete(url, headers=bearer(user)).status_code)
+
+
+def test_a_message_is_deleted_by_its_author_or_a_moderator(client: TestClient) -> None:
+    with chat(client, "user2") as watcher:
+        ids = [post(client, f"{n}") for n in range(3)]
+        for id in ids:
+            assert watcher.next()["id"] == id
+        assert delete(client, ids[0], "user2") == 403
+        assert delete(client, ids[0], room="tea") == 404
+        watcher.nothing_came()
+        assert delete(client, ids[0]) == 204
+        assert watcher.next() == {"type": "deleted", "room": "lobby", "id": ids[0]}
+        act(client, "admin", "user2", role="moderator")
+        assert delete(client, ids[1], "user2") == 204
+        assert watcher.next() == {"type": "deleted", "room": "lobby", "id": ids[1]}
+        assert delete(client, ids[1]) == delete(client, 99) == 404
+        watcher.nothing_came()
+        watcher.send("history", room="lobby")
+        assert [event["text"] for event in watcher.next()["messages"]] == ["2"]
+    assert texts_of(client) == ["2"]
+
+
+@pytest.mark.parametrize("length", [50, 4000])
+def test_a_deleted_text_is_gone_from_the_disk(
+    client: TestClient, database: Path, length: int
+) -> None:
+    """Also from the journal, and from pages that are no longer used."""
+    secret = secrets.token_urlsafe(length)[:length]
+    id = post(client, secret)
+
+    def found() -> bool:
+        files = [database.with_name(f"chat.db{end}") for end in ("", "-wal", "-shm")]
+        return any(secret[-40:].encode() in file.read_bytes() for file in files if file.exists())
+
+    assert found()
+    assert delete(client, id) == 204
+    assert not found()
+
+
+def test_a_deleted_message_does_not_come_back_by_a_resend(client: TestClient) -> None:
+    url, message = "/rooms/lobby/messages", {"text": "regret", "mid": "m1"}
+    first = client.post(url, json=message, headers=bearer()).json()
+    assert delete(client, first["id"]) == 204
+    assert client.post(url, json=message, headers=bearer()).status_code == 403
+    with chat(client) as conversation:
+        conversation.say("regret", "m1")
+        error = conversation.next()
+        assert (error["code"], error["mid"]) == ("forbidden", "m1")
+    assert texts_of(client) == []
+
+
+def test_a_deletion_is_heard_of_by_who_was_away(client: TestClient) -> None:
+    ids = [post(client, f"{n}") for n in range(4)]
+    delete(client, ids[0])
+    last = post(client, "4")
+    with chat(client, "user2", f"after={ids[2]}", quiet=False) as conversation:
+        conversation.next("history")
+        assert conversation.next() == {"type": "deleted", "room": "lobby", "id": ids[0]}
+        assert conversation.next()["type"] == "presence"
+    with chat(client, "user2", f"after={last}", quiet=False) as conversation:
+        conversation.next("history")
+        assert conversation.next()["type"] == "presence"  # who has read on has heard of it
+
+
+def test_deleting_is_limited_like_sending(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAT_RATE", "1")
+    with TestClient(app) as client:
+        ids = [post(client, f"{n}") for n in range(2)]
+        statuses = [delete(client, id) for id in ids]
+    assert statuses == [204, 429]
+
+
 def test_rooms_and_people_are_listed(client: TestClient) -> None:
     client.post("/rooms/tea/messages", json={"text": "hi"}, headers=bearer())
     with chat(client), chat(client, "admin", "room=cake"), chat(client, "admin"):
@@ -1629,7 +2124,7 @@ def test_plain_text_has_commands_and_tells_errors(client: TestClient) -> None:
 
 def test_what_is_typed_in_no_room_is_not_lost_silently(client: TestClient) -> None:
     with client.websocket_connect("/ws/chat?room=@", headers=bearer()) as websocket:
-        assert websocket.receive_text().startswith("Error: room: No such room")
+        assert websocket.receive_text().startswith("Error: No such room")
         websocket.send_text("hello?")
         assert websocket.receive_text() == "Error: You are in no room"
 
@@ -1692,7 +2187,7 @@ def test_user_made_text_cannot_forge_a_log_line(
     assert "\n" not in record.getMessage()
 
 
-# -- 10. The page --------------------------------------------------------------------------
+# -- 11. The page --------------------------------------------------------------------------
 
 
 def test_the_page_may_run_its_own_script_and_style_only(client: TestClient) -> None:
@@ -1792,7 +2287,7 @@ def test_the_page_reconnects_and_sends_what_it_could_not(
     assert texts == ["before", "while it was gone"]
 
 
-# -- 11. Serving ---------------------------------------------------------------------------
+# -- 12. Serving ---------------------------------------------------------------------------
 
 
 def flood(writer: Chat, *readers: Chat) -> None:
@@ -1977,7 +2472,7 @@ def test_chapters_4_and_5_can_be_copied_out() -> None:
 
 
 def test_the_readmes_walk_through_gives_the_printed_answers(serve: Callable[..., Server]) -> None:
-    """Its curl command and its socket session, run as they stand but for port and token."""
+    """Its curl commands and its socket session, run as they stand but for port and token."""
     text = (HERE / "README.md").read_text()
     server = serve()
     command, answer = re.search(r"\$ (curl [^$]*?)\n(\{.*\})", text).groups()  # type: ignore[union-attr]
@@ -1994,3 +2489,14 @@ def test_the_readmes_walk_through_gives_the_printed_answers(serve: Callable[...,
                 websocket.send(line[2:])
             elif line.startswith("< "):
                 assert websocket.recv(timeout=20) == line[2:]
+    admin = {"ADMIN": server.token("admin")}
+    with server.connect(f"/ws/protected?token={server.token('user2')}") as websocket:
+        websocket.recv(timeout=20)
+        moderation = re.findall(r"\$ (curl [^$]*\$ADMIN[^$]*?)\n(\{.*\})", text)
+        assert len(moderation) == 2
+        for command, answer in moderation:
+            command = command.replace("http://localhost:8000", server.url)
+            printed = subprocess.check_output(
+                command, shell=True, timeout=20, env=os.environ | admin, text=True
+            )
+            assert printed == answer
