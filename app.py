@@ -2379,246 +2379,895 @@ PAGE = r"""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Lobby</title>
-<link rel="icon" href="data:,">
+<link id="icon" rel="icon" href="data:,">
 <style>
 :root {
   color-scheme: light dark;
-  --ink: light-dark(#1c2024, #e8e9eb); --dim: light-dark(#5b636b, #a3a9b1);
-  --paper: light-dark(#ffffff, #17191c); --shade: light-dark(#f3f4f6, #202327);
-  --line: light-dark(#d3d7dc, #3a3f45); --accent: light-dark(#1f5fbf, #7db1ff);
-  --wrong: light-dark(#b3261e, #ff9a92);
+  --ink: light-dark(#1d2129, #e6e8ec); --dim: light-dark(#596273, #a0a8b6);
+  --paper: light-dark(#fff, #16181d); --shade: light-dark(#f4f5f8, #1c1f26);
+  --raised: light-dark(#e7eaf1, #2a2f3a); --line: light-dark(#d9dde6, #323844);
+  --accent: light-dark(#2f5bd0, #8fb0ff); --on-accent: light-dark(#fff, #10131a);
+  --wrong: light-dark(#b3261e, #ff9d94); --good: light-dark(#1c6b3c, #7fd6a0);
 }
-* { box-sizing: border-box; }
-body { margin: 0; height: 100dvh; display: flex; flex-direction: column;
-  font: 16px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem;
-  padding: .6rem 1rem; border-bottom: 1px solid var(--line); background: var(--shade); }
-h1 { font-size: 1.1rem; margin: 0; }
-#status { color: var(--dim); margin-left: auto; }
-form { display: flex; flex-wrap: wrap; gap: .5rem; padding: .75rem 1rem; }
-#access { flex-direction: column; width: min(24rem, 100%); margin: auto; }
-#access label { display: grid; gap: .15rem; }
-input, textarea, button { font: inherit; color: inherit; background: var(--paper);
-  border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .6rem; }
-button { background: var(--accent); border-color: var(--accent); color: var(--paper);
-  cursor: pointer; }
-button.quiet { background: none; color: var(--accent); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-#problem { color: var(--wrong); margin: 0; min-height: 1.45em; overflow-wrap: anywhere; }
-main { flex: 1; min-height: 0; display: flex; flex-direction: column; }
+* { box-sizing: border-box; margin: 0; }
 [hidden] { display: none !important; }
-#here { margin: 0; padding: .4rem 1rem; color: var(--dim); border-bottom: 1px solid var(--line);
-  max-height: 5rem; overflow-y: auto; overflow-wrap: anywhere; }
-#chatLog { flex: 1; min-height: 0; overflow-y: auto; padding: .75rem 1rem; margin: 0;
-  list-style: none; }
-#chatLog li { overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: plaintext;
-  padding: .1rem 0; padding-inline-start: 1.5em; text-indent: -1.5em; }
-#chatLog b { color: var(--accent); }
-#chatLog time, #chatLog .notice, #chatLog small { color: var(--dim); font-size: .85em; }
-#chatLog .failed small { color: var(--wrong); }
-#composer { border-top: 1px solid var(--line); background: var(--shade); }
-#composer label { flex: 1; display: flex; }
-#messageText { flex: 1; min-width: 0; resize: none; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+h1 { font-size: 1.15rem; } h2 { font-size: 1rem; }
+h3, #side h2 { font-size: .8rem; color: var(--dim); }
+input, textarea, select, button { font: inherit; color: inherit; background: var(--paper);
+  border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .65rem; min-width: 0; }
+button { cursor: pointer; background: var(--raised); border-color: transparent; }
+button.main { background: var(--accent); color: var(--on-accent); }
+button.plain { background: none; padding: .1rem .3rem; color: var(--accent); }
+button:hover { filter: brightness(.95); } button:disabled { opacity: .6; cursor: default; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+::placeholder { color: var(--dim); opacity: 1; }
+.problem { color: var(--wrong); overflow-wrap: anywhere; }
+.problem:empty { display: none; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.row { display: flex; gap: .5rem; align-items: center; flex-wrap: wrap; }
+.grow { flex: 1; }
+
+#access { min-height: 100dvh; display: grid; place-content: center; padding: 1rem;
+  grid-template-columns: min(22rem, 100%); gap: 1rem; background: var(--shade); }
+#access form, #access details { display: grid; gap: .75rem; }
+#access label { display: grid; gap: .2rem; font-weight: 600; }
+#access details label { margin-block: .5rem; }
+
+#app { height: 100dvh; display: flex; position: relative; overflow: hidden; }
+#side { width: 15rem; flex: none; display: flex; flex-direction: column; gap: .4rem;
+  padding: .75rem; background: var(--shade); border-inline-end: 1px solid var(--line);
+  overflow-y: auto; }
+#side h2 { margin-top: .75rem; }
+#side ul { list-style: none; padding: 0; }
+#side li button { display: flex; gap: .5rem; align-items: center; width: 100%; background: none;
+  text-align: start; padding: .25rem .5rem; }
+#side li button > :first-child, .name { overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+#side li button:hover, #side [aria-current] { background: var(--raised) !important; }
+#rooms button::before { content: "#"; color: var(--dim); }
+#side small { color: var(--dim); margin-inline-start: auto; }
+#side .unread { background: var(--accent); color: var(--on-accent); border-radius: 1rem;
+  padding: 0 .45rem; }
+#me { margin-top: auto; padding-top: .75rem; }
+
+#room { flex: 1; min-width: 0; display: flex; flex-direction: column; position: relative; }
+#top { flex: none; height: 3.5rem; display: flex; gap: .5rem; align-items: center;
+  padding: .5rem .9rem; border-bottom: 1px solid var(--line); }
+#status { color: var(--dim); font-size: .85rem; }
+#status::before { content: "●"; margin-inline-end: .35rem; color: var(--wrong); }
+#status[data-state="connected"]::before { color: var(--good); }
+#chatLog { flex: 1; min-height: 0; overflow-y: auto; overflow-anchor: none; padding: .5rem 0; }
+.message { display: grid; grid-template-columns: 2.5rem 1fr auto; column-gap: .7rem;
+  padding: .45rem .9rem 0; align-items: start; }
+.message.grouped { padding-top: .05rem; }
+.message:hover { background: var(--shade); }
+.avatar { grid-row: span 2; width: 2.25rem; height: 2.25rem; border-radius: .7rem; display: grid;
+  place-content: center; color: #fff; font-weight: 600; background: oklch(.5 .11 var(--hue)); }
+.mine .avatar { border-radius: 50%; }
+.who { grid-column: 2; display: flex; gap: .5rem; align-items: baseline; min-width: 0; }
+.who button { font-weight: 600; padding: 0; color: var(--ink); }
+.mine .who button { color: var(--accent); }
+.text { grid-column: 2; white-space: pre-wrap; overflow-wrap: anywhere; }
+.text a { color: var(--accent); }
+time, .state, .notice, #typing { color: var(--dim); font-size: .8rem; }
+.tools { grid-column: 3; grid-row: 1; opacity: 0; font-size: .8rem; }
+.message:hover .tools, .tools:focus-within { opacity: 1; }
+.notice { padding: .2rem .9rem .2rem 4.1rem; overflow-wrap: anywhere; white-space: pre-wrap; }
+#messages:empty + :empty::after { content: "Nothing has been written here yet."; display: block;
+  padding: 2rem; text-align: center; color: var(--dim); }
+.day { display: flex; align-items: center; gap: .75rem; margin: .75rem .9rem .25rem;
+  font-size: .8rem; color: var(--dim); }
+.day::before, .day::after { content: ""; flex: 1; border-top: 1px solid var(--line); }
+.state { grid-column: 2; } .failed .state { color: var(--wrong); }
+#messages .state { display: none; } #messages > :last-child .state { display: block; }
+#newest { position: absolute; bottom: 5.5rem; left: 50%; translate: -50%; white-space: nowrap;
+  border-radius: 2rem; box-shadow: 0 2px 12px #0004; z-index: 1; }
+#typing { padding: 0 .9rem; height: 1.4rem; }
+#composer { display: flex; gap: .5rem; align-items: end; padding: 0 .9rem .9rem; }
+#messageText { flex: 1; resize: none; field-sizing: content; min-height: 2.4rem;
+  max-height: 30dvh; }
+
+#wire { width: min(32rem, 44vw); flex: none; min-height: 0; display: flex; flex-direction: column;
+  background: var(--shade); border-inline-start: 1px solid var(--line); }
+#wire > * { padding: .5rem .75rem; }
+#wire > details { border-bottom: 1px solid var(--line); max-height: 60dvh; overflow-y: auto;
+  flex: none; }
+#wire form { display: grid; gap: .4rem; padding-top: .5rem; }
+#wire textarea, pre, #frames { font: 12px/1.5 ui-monospace, monospace; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .5rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow: auto;
+  background: var(--paper); padding: .5rem; border-radius: .4rem; }
+#frames { list-style: none; flex: 1; overflow-y: auto; min-height: 6rem; }
+#frames summary { display: flex; gap: .5rem; cursor: pointer; padding: .1rem 0; }
+#frames b { color: var(--accent); } #frames .in b { color: var(--good); }
+dialog { color: inherit; background: var(--paper); border: 1px solid var(--line);
+  border-radius: .8rem; padding: 1.25rem; margin: auto; width: min(24rem, calc(100% - 2rem)); }
+dialog form { display: grid; gap: .9rem; } dialog h2 { overflow-wrap: anywhere; }
+dialog::backdrop { background: #0006; }
+#menu { display: none; }
+@media (max-width: 1100px) {
+  #wire { position: absolute; inset: 0 0 0 auto; width: min(30rem, 100%); z-index: 3;
+    box-shadow: 0 0 30px #0005; }
+}
+@media (max-width: 700px) {
+  #menu { display: block; }
+  #side { position: absolute; inset: 3.5rem auto 0 0; width: min(17rem, 85%); z-index: 2;
+    box-shadow: 0 0 30px #0005; }
+  #side:not(.open) { display: none; }
+}
+@media (prefers-reduced-motion: no-preference) { button, .tools { transition: .15s; } }
 </style>
 </head>
 <body>
-<header>
+<main id="access">
   <h1>Lobby</h1>
-  <span id="who"></span>
-  <span id="status" role="status">not connected</span>
-  <button id="logOut" class="quiet" type="button" hidden>Log out</button>
-</header>
-
-<form id="access">
-  <label>Name <input id="username" name="username" autocomplete="username" required></label>
-  <label>Password <input id="password" name="password" type="password"
-    autocomplete="current-password" required></label>
-  <button>Log in</button>
-  <label>or paste a token
-    <input id="token" name="token" autocomplete="off" spellcheck="false"></label>
-  <button id="connect" type="button" class="quiet">Connect with the token</button>
-  <p id="problem" role="alert"></p>
-</form>
-
-<main id="chat" hidden>
-  <p id="here"></p>
-  <ol id="chatLog" role="log" aria-label="Messages" tabindex="0"></ol>
-  <form id="composer">
-    <label><span class="unseen">Message</span>
-      <textarea id="messageText" rows="1" maxlength="4000"
-        placeholder="Message, Enter to send"></textarea></label>
-    <button>Send</button>
+  <form id="credentials" novalidate>
+    <label>Name <input id="username" name="username" autocomplete="username" autocapitalize="none"
+      aria-describedby="usernameProblem"></label>
+    <p id="usernameProblem" class="problem" role="alert"></p>
+    <label>Password <input id="password" name="password" type="password"
+      autocomplete="current-password" aria-describedby="passwordProblem"></label>
+    <p id="passwordProblem" class="problem" role="alert"></p>
+    <p class="row"><button class="main grow" value="login">Log in</button>
+      <button class="grow" value="register">Register</button></p>
   </form>
+  <details><summary>Use a token</summary>
+    <form id="pasted"><label>Token <input id="token" name="token" autocomplete="off"
+      spellcheck="false"></label><button>Connect with the token</button></form>
+  </details>
+  <p id="problem" class="problem" role="alert"></p>
 </main>
+
+<div id="app" hidden>
+  <nav id="side" aria-label="Rooms and people">
+    <h1>Lobby</h1>
+    <h2>Rooms</h2><ul id="rooms"></ul>
+    <form id="joinRoom" class="row">
+      <input id="roomToJoin" class="grow" aria-label="Room to join" list="known"
+        placeholder="Join a room" maxlength="32" size="1">
+      <datalist id="known"></datalist><button>Join</button></form>
+    <h2>Private</h2><ul id="private"></ul>
+    <h2>People online</h2><ul id="people"></ul>
+    <p id="me" class="row"><strong class="name grow" id="myName"></strong>
+      <button id="logOut" type="button">Log out</button></p>
+  </nav>
+
+  <main id="room">
+    <div id="top">
+      <button id="menu" type="button" aria-controls="side" aria-expanded="false">Rooms</button>
+      <h2 id="roomName" class="name"></h2>
+      <button id="leave" class="plain" type="button">Leave</button>
+      <span class="grow"></span>
+      <span id="status" role="status">connecting</span>
+      <button id="wireButton" type="button" aria-controls="wire"
+        aria-expanded="false">The wire</button>
+    </div>
+    <div id="chatLog" role="log" aria-label="Messages" tabindex="0">
+      <div id="messages"></div><div id="pending"></div>
+    </div>
+    <button id="newest" class="main" type="button" hidden></button>
+    <p id="typing"></p>
+    <form id="composer">
+      <label class="unseen" for="messageText">Message</label>
+      <textarea id="messageText" rows="1" maxlength="4000" dir="auto"
+        placeholder="Message, or /help"></textarea>
+      <button class="main">Send</button>
+    </form>
+  </main>
+
+  <aside id="wire" aria-label="The wire" hidden>
+    <div class="row"><h2 class="name grow">The wire</h2>
+      <input id="filter" class="grow" placeholder="Filter" aria-label="Filter" size="1">
+      <button id="pause" type="button" aria-pressed="false">Pause</button>
+      <button id="clear" type="button">Clear</button>
+      <button id="closeWire" type="button">Close</button></div>
+    <details><summary>Send a request to /inspect</summary>
+      <form id="request">
+        <div class="row">
+          <select name="method" aria-label="Method"><option>GET<option>POST<option>PUT
+            <option>PATCH<option>DELETE<option>OPTIONS</select>
+          /inspect/<input name="path" class="grow" aria-label="Path" size="1">
+          ?<input name="query" class="grow" aria-label="Query" value="a=1&amp;a=2" size="1"></div>
+        <textarea name="headers" rows="1"
+          aria-label="Headers, one a line">X-Example: hello</textarea>
+        <div class="row">
+          <select name="kind" aria-label="Body"><option>no body<option>JSON<option>form
+            <option>file</select>
+          <input name="file" type="file" class="grow" aria-label="File" hidden></div>
+        <textarea name="body" rows="3" aria-label="Body's content" hidden></textarea>
+        <button class="main">Send</button>
+        <div class="pair" hidden><div><h3>What was sent</h3><pre id="sent" tabindex="0"></pre></div>
+          <div><h3>What the server saw</h3><pre id="seen" tabindex="0"></pre></div></div>
+      </form></details>
+    <details><summary>Talk to a socket</summary>
+      <form id="socketForm">
+        <div class="row">
+          <select name="path" class="grow" aria-label="Socket"><option>/ws<option>/ws/json
+            <option>/ws/inspect</select>
+          <button id="openSocket" type="button">Open</button></div>
+        <div class="row">
+          <input name="text" class="grow" aria-label="Text to send" value='{"a": 1}' size="1">
+          <button>Send</button></div>
+        <pre id="answer" tabindex="0" aria-label="The last frame">not open</pre>
+      </form></details>
+    <ol id="frames" tabindex="0" aria-label="Requests and frames, the newest first"></ol>
+  </aside>
+</div>
+
+<dialog id="person" aria-labelledby="personName"><form method="dialog">
+  <h2 id="personName"></h2><p id="personRole"></p>
+  <p class="row"><button class="main" value="message">Message</button>
+    <span id="moderation" class="row"><button value="kick">Kick</button>
+      <button value="ban">Ban</button><button value="unban">Unban</button></span></p>
+  <p id="roleRow" class="row"><label for="newRole">Role</label><select id="newRole">
+    <option>member<option>moderator<option>admin</select><button value="role">Set role</button></p>
+  <button value="">Close</button>
+</form></dialog>
 
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const ROOM = "lobby";
-let socket = null;         // the open WebSocket, if any
-let retries = 0;           // failed connections in a row
-let retryTimer = 0;
-let last = null;           // where to resume: {id, epoch}
-let here = new Set();      // who is in the room
-const lines = new Map();   // message id -> its line in the log
-const unsent = new Map();  // mid -> {text, line}: sent or to be sent, not yet seen back
 
-// -- Showing -----------------------------------------------------------------
+// A new element. Text goes in as text nodes, never as HTML: whatever others write stays text.
+const make = (tag, properties = {}, ...children) => {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in element) element[name] = value; else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+};
 
-const element = (tag, text = "", className = "") =>
-  Object.assign(document.createElement(tag), {textContent: text, className});
+// -- The wire: all that this tab sends and receives ------------------------------------------
 
-const show = (line, before = null) => {
+const WIRE = 300;  // entries that are kept
+let entries = [];
+let paused = false;
+
+const hideSecrets = (text) => text
+  .replace(/eyJ[\w-]{7}[\w-]*\.[\w-]+\.[\w-]+/g, (token) => `${token.slice(0, 10)}...`)
+  .replace(/("password":)"(?:[^"\\]|\\.)*"/g, '$1"..."');
+
+const pretty = (text) => text.split("\n").map((line) => {
+  try { return JSON.stringify(JSON.parse(line), null, 2); } catch { return line; }
+}).join("\n");
+
+const record = (way, title, text = "") => {
+  const shown = hideSecrets(text);
+  entries.push({way, title: hideSecrets(title), text: shown, at: new Date(),
+    size: new TextEncoder().encode(text).length});
+  entries = entries.slice(-WIRE);
+  if (!paused && !$("wire").hidden) showEntry(entries.at(-1));
+};
+
+const showEntry = (entry) => {
+  const wanted = $("filter").value.toLowerCase();
+  if (!`${entry.title} ${entry.text}`.toLowerCase().includes(wanted)) return;
+  const details = make("details", {}, make("summary", {},
+    make("time", {}, entry.at.toTimeString().slice(0, 8)),
+    make("b", {}, entry.way === "out" ? "→ out" : "← in"),
+    make("span", {className: "name grow"}, entry.title), make("span", {}, `${entry.size} B`)));
+  details.addEventListener("toggle",
+    () => details.append(make("pre", {tabIndex: 0}, pretty(entry.text))), {once: true});
+  $("frames").prepend(make("li", {className: entry.way}, details));
+  while ($("frames").children.length > WIRE) $("frames").lastChild.remove();
+};
+
+const showWire = () => {
+  $("frames").replaceChildren();
+  entries.forEach(showEntry);
+};
+
+// Sends a request and shows both directions on the wire.
+const request = async (method, path, headers = {}, body = undefined) => {
+  const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\n`).join("");
+  const sent = typeof body === "string" ? body : body ? `(${body.constructor.name})` : "";
+  record("out", `${method} ${path}`, `${lines}\n${sent}`);
+  const response = await fetch(path, {method, headers, body});
+  const text = await response.text();
+  const heads = [...response.headers].map(([name, value]) => `${name}: ${value}\n`).join("");
+  record("in", `${response.status} ${method} ${path}`, `${heads}\n${text}`);
+  return {response, text, sent: hideSecrets(`${method} ${path}\n${lines}\n${pretty(sent)}`)};
+};
+
+// A request of the chat's own: JSON in and out. Throws an Error with the server's words.
+const api = async (method, path, json = undefined) => {
+  const headers = token ? {Authorization: `Bearer ${token}`} : {};
+  if (json) headers["Content-Type"] = "application/json";
+  const {response, text} = await request(method, path, headers, json && JSON.stringify(json));
+  const answer = text ? JSON.parse(text) : null;
+  if (response.ok) return answer;
+  const wrong = Array.isArray(answer.detail) ? answer.detail[0] : {msg: answer.detail, loc: []};
+  throw Object.assign(new Error(wrong.msg), {field: wrong.loc.at(-1), status: response.status});
+};
+
+const typesIn = (text) =>
+  [...new Set(text.match(/^{"type":"\w+/gm))].map((found) => ` ${found.slice(9)}`).join();
+
+// A WebSocket whose frames are shown on the wire.
+const openSocket = (url, protocols = []) => {
+  const opened = new WebSocket(url, protocols);
+  const title = `WS ${url.pathname}`;
+  record("out", `${title} open`, `${url.search}\n${protocols.join("\n")}`);
+  opened.addEventListener("message", ({data}) => record("in", title + typesIn(data), data));
+  opened.addEventListener("close",
+    ({code, reason}) => record("in", `${title} close`, `${code} ${reason}`));
+  return opened;
+};
+
+const sendFrame = (to, text) => {
+  record("out", `WS ${new URL(to.url).pathname}${typesIn(text)}`, text);
+  to.send(text);
+};
+
+const socketUrl = (path) => new URL(path, location.href.replace(/^http/, "ws").replace(/#.*/, ""));
+
+// -- What is kept in the browser -------------------------------------------------------------
+
+const kept = (storage, name, fallback = null) => {
+  try {
+    return JSON.parse(storage.getItem(`lobby.${name}`)) ?? fallback;
+  } catch { return fallback; }
+};
+
+const keep = (storage, name, value) => {
+  try {
+    if (value === null) storage.removeItem(`lobby.${name}`);
+    else storage.setItem(`lobby.${name}`, JSON.stringify(value));
+  } catch { note("This browser keeps nothing: what is not sent is lost when the tab closes."); }
+};
+
+let token = kept(sessionStorage, "token", "");
+let me = "";
+let roles = new Map();  // of the people online
+const may = (...wanted) => wanted.includes(roles.get(me));
+
+// -- Rooms -----------------------------------------------------------------------------------
+
+const rooms = new Map();
+let current = null;  // the room that is shown
+
+// Two names of one private conversation, in another order or case, are one key.
+const keyOf = (name) => name.startsWith("@")
+  ? `@${name.slice(1).normalize("NFKC").toLowerCase().split("+").sort().join("+")}` : name;
+
+const roomOf = (name) => {
+  const key = keyOf(name);
+  if (!rooms.has(key)) {
+    rooms.set(key, {key, name, items: [], ids: new Set(), last: null, more: false,
+      loading: false, unread: 0, here: new Set(), typing: new Map()});
+  }
+  return rooms.get(key);
+};
+
+const privateWith = (user) => `@${[me, user].sort().join("+")}`;
+const otherOf = (room) => {
+  const both = room.name.slice(1).split("+");
+  return both.find((name) => name.toLowerCase() !== me.toLowerCase()) ?? me;
+};
+const titleOf = (room) => room.name.startsWith("@") ? otherOf(room) : room.name;
+
+const markRead = () => {
+  if (!current || document.hidden) return;
+  current.unread = 0;
+  if (current.last) keep(localStorage, `read.${me}.${current.key}`, current.last);
+};
+
+const openRoom = (name) => {
+  const isNew = !rooms.has(keyOf(name));
+  current = roomOf(name);
+  if (isNew) join(current);
+  $("messageText").value = kept(localStorage, `draft.${me}.${current.key}`, "");
+  $("side").classList.remove("open");
+  $("menu").ariaExpanded = "false";
+  keep(localStorage, `rooms.${me}`, [...rooms.values()].map((room) => room.name));
+  showRoom();
+};
+
+const leaveRoom = () => {
+  const left = current;
+  transmit({type: "leave", room: left.name});
+  openRoom("lobby");
+  rooms.delete(left.key);
+  keep(localStorage, `rooms.${me}`, [...rooms.values()].map((room) => room.name));
+  showSide();
+};
+
+// -- Showing ---------------------------------------------------------------------------------
+
+let stick = true;  // the newest message stays in view, unless the reader has scrolled up
+const clock = new Intl.DateTimeFormat([], {timeStyle: "short"});
+const calendar = new Intl.DateTimeFormat([], {dateStyle: "full"});
+const LINK = /(https?:\/\/[^\s<>"]*[^\s<>".,:;!?'()[\]{}])/i;
+
+const linked = (text) => text.split(LINK).map((part, index) => index % 2
+  ? make("a", {href: part, target: "_blank", rel: "noopener noreferrer"}, part) : part);
+
+const avatar = (user) => {
+  const initial = [...user][0].toUpperCase();
+  const element = make("span", {className: "avatar", ariaHidden: "true"}, initial);
+  const sum = [...user].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 9973, 7);
+  element.style.setProperty("--hue", sum * 137 % 360);
+  return element;
+};
+
+const timeOf = (at) =>
+  make("time", {dateTime: new Date(at * 1000).toISOString()}, clock.format(at * 1000));
+
+const author = (user) => {
+  const button = make("button", {type: "button", className: "plain name", dir: "auto"}, user);
+  button.addEventListener("click", () => showPerson(user));
+  return button;
+};
+
+// The elements of a message or a notice, with the day before it if that is a new one.
+const elementsOf = (item, previous) => {
+  if (item.notice) return [make("p", {className: "notice"}, item.notice)];
+  const day = calendar.format(item.at * 1000);
+  const sameDay = previous && calendar.format(previous.at * 1000) === day;
+  const grouped = sameDay && previous.user === item.user && item.at - previous.at < 300;
+  const message = make("article", {className: "message"});
+  message.dataset.id = item.id;
+  message.classList.toggle("mine", item.user === me);
+  message.classList.toggle("grouped", Boolean(grouped));
+  const who = make("div", {className: "who"}, author(item.user), timeOf(item.at));
+  message.append(...(grouped ? [make("span")] : [avatar(item.user), who]));
+  message.append(make("p", {className: "text", dir: "auto"}, ...linked(item.text)));
+  if (item.user === me || may("moderator", "admin")) message.append(deleteButton(item));
+  if (item.user === me) message.append(make("span", {className: "state"}, "sent"));
+  return sameDay ? [message] : [make("p", {className: "day"}, day), message];
+};
+
+const deleteButton = (item) => {
+  const button = make("button", {type: "button", className: "plain",
+    ariaLabel: `Delete "${item.text.slice(0, 40)}"`}, "Delete");
+  button.addEventListener("click", () => {
+    if (button.dataset.asked) {
+      act("DELETE", `rooms/${encodeURIComponent(item.room)}/messages/${item.id}`);
+    }
+    button.dataset.asked = "yes";
+    button.textContent = button.ariaLabel = "Really delete?";
+  });
+  button.addEventListener("blur", () => {
+    delete button.dataset.asked;
+    button.textContent = "Delete";
+  });
+  return make("div", {className: "tools"}, button);
+};
+
+const toNewest = () => {
+  $("chatLog").scrollTop = $("chatLog").scrollHeight;
+  $("newest").hidden = true;
+};
+
+// Shows the whole room again; what was in view stays there. A screen reader hears only news.
+const showMessages = () => {
   const log = $("chatLog");
-  const atBottom = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-  log.insertBefore(line, before);
-  if (atBottom) log.scrollTop = log.scrollHeight;
+  const items = current.items;
+  const inView = [...$("messages").children].find((one) =>
+    one.dataset.id && one.getBoundingClientRect().bottom > log.getBoundingClientRect().top);
+  const bottom = inView?.getBoundingClientRect().bottom;
+  log.ariaLive = "off";
+  $("messages").replaceChildren(
+    ...items.flatMap((item, index) => elementsOf(item, items[index - 1])));
+  const again = inView && $("messages").querySelector(`[data-id="${inView.dataset.id}"]`);
+  if (stick) toNewest();
+  else if (again) log.scrollTop += again.getBoundingClientRect().bottom - bottom;
+  setTimeout(() => { log.ariaLive = "polite"; });
 };
 
-const say = (text) => show(element("li", text, "notice"));
-
-const messageLine = (user, text, at, note = "") => {
-  const line = element("li");
-  const time = element("time", new Date(at * 1000).toLocaleTimeString([], {timeStyle: "short"}));
-  time.dateTime = new Date(at * 1000).toISOString();
-  const parts = [time, element("b", user), element("span", text), element("small", note)];
-  line.append(...parts.flatMap((part) => [part, " "]));
-  return line;
+const showItem = (room, item) => {
+  const previous = room.items.at(-1);
+  room.items.push(item);
+  if (room.items.length > 1000 && stick) {
+    room.items.splice(0, 200).forEach(({id}) => room.ids.delete(id));
+    room.more = true;
+    if (room === current) showMessages();
+  }
+  if (room !== current) return;
+  $("messages").append(...elementsOf(item, previous));
+  if (stick) toNewest();
+  else if (!item.notice) {
+    $("newest").hidden = false;
+    $("newest").textContent = "New messages below";
+  }
 };
 
-const showMessage = (event) => {
-  unsent.get(event.mid)?.line.remove();
-  unsent.delete(event.mid);
-  if (lines.has(event.id)) return;
-  last.id = Math.max(last.id, event.id);
-  const line = messageLine(event.user, event.text, event.at);
-  lines.set(event.id, line);
-  show(line, unsent.values().next().value?.line);  // above what is still being sent
+const note = (notice, room = current) => {
+  if (room) showItem(room, {notice, at: Date.now() / 1000});
 };
 
-const showHere = () => { $("here").textContent = `Here: ${[...here].sort().join(", ")}`; };
+const showTyping = () => {
+  const names = [...current.typing.keys()];
+  $("typing").textContent = names.length ? `${names.slice(0, 3).join(", ")} typing ...` : "";
+};
 
-const status = (text) => { $("status").textContent = text; };
+const showRoom = () => {
+  stick = true;
+  const isPrivate = current.name.startsWith("@");
+  $("roomName").textContent = isPrivate ? `Private: ${titleOf(current)}` : current.name;
+  $("leave").hidden = current.key === "lobby" || isPrivate;
+  markRead();
+  showMessages();
+  showPending();
+  showTyping();
+  showSide();
+};
 
-// -- Events ------------------------------------------------------------------
+// Fills a list anew without taking the focus from who is in it.
+const fill = (list, items) => {
+  const focused = list.contains(document.activeElement) && document.activeElement.dataset.key;
+  list.replaceChildren(...items.map((item) => make("li", {}, item)));
+  if (focused) list.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
+};
+
+const sideButton = (key, text, extra, action) => {
+  const button = make("button", {type: "button", title: text});
+  button.append(make("span", {dir: "auto"}, text), extra);
+  button.dataset.key = key;
+  button.addEventListener("click", action);
+  return button;
+};
+
+const roomButton = (room) => {
+  const extra = room.unread
+    ? make("small", {className: "unread", ariaLabel: `${room.unread} unread`}, room.unread)
+    : make("small", {}, room.here.size || "");
+  const button = sideButton(room.key, titleOf(room), extra, () => openRoom(room.name));
+  if (room === current) button.ariaCurrent = "true";
+  return button;
+};
+
+const icon = (fill) => `data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' `
+  + `viewBox='0 0 16 16'><circle cx='8' cy='8' r='7' fill='${fill}'/></svg>`;
+
+let sideTimer = 0;
+const showSide = () => {  // once, however many events have come
+  clearTimeout(sideTimer);
+  sideTimer = setTimeout(() => {
+    const byName = [...rooms.values()].sort((a, b) => titleOf(a).localeCompare(titleOf(b)));
+    fill($("rooms"), byName.filter((room) => !room.name.startsWith("@")).map(roomButton));
+    fill($("private"), byName.filter((room) => room.name.startsWith("@")).map(roomButton));
+    fill($("people"), [...roles].map(([user, role]) => sideButton(user, user,
+      make("small", {}, role === "member" ? "" : role), () => showPerson(user))));
+    const unread = byName.reduce((sum, room) => sum + room.unread, 0);
+    document.title = unread ? `(${unread}) Lobby` : "Lobby";
+    $("icon").href = icon(unread ? "crimson" : "royalblue");
+  }, 30);
+};
+
+// -- The outbox: what is typed is kept until the server has it -------------------------------
+
+let outbox = new Map();  // mid -> {mid, room, text, at, problem}
+let sending = null;      // the mid that waits for its answer; one after the other keeps their order
+let answerTimer = 0;
+
+const loadOutbox = () => {
+  const prefix = `lobby.outbox.${me}.`;
+  const names = Object.keys(localStorage).filter((name) => name.startsWith(prefix));
+  const found = names.map((name) => kept(localStorage, name.slice("lobby.".length)));
+  for (const item of [...outbox.values(), ...found]) if (item) outbox.set(item.mid, item);
+  outbox = new Map([...outbox].sort(([, a], [, b]) => a.at - b.at));
+  sending = null;
+};
+
+const post = (room, text) => {
+  const random = crypto.getRandomValues(new Uint32Array(4));
+  const mid = Array.from(random, (number) => number.toString(36)).join("-");
+  const item = {mid, room: room.name, text, at: Date.now() / 1000};
+  outbox.set(mid, item);
+  keep(localStorage, `outbox.${me}.${mid}`, item);
+  stick = true;
+  showPending();
+  sendNext();
+};
+
+const sendNext = () => {
+  if (sending || socket?.readyState !== WebSocket.OPEN || !roles.has(me)) return;
+  const next = [...outbox.values()].find((item) => !item.problem);
+  if (!next) return;
+  sending = next.mid;
+  transmit({type: "message", room: next.room, text: next.text, mid: next.mid});
+  answerTimer = setTimeout(() => disconnected("no answer"), 20_000);
+};
+
+const settle = (mid, problem = null) => {
+  const item = outbox.get(mid);
+  if (!item) return;
+  if (problem) item.problem = problem; else outbox.delete(mid);
+  keep(localStorage, `outbox.${me}.${mid}`, problem ? item : null);
+  if (sending === mid) {
+    sending = null;
+    clearTimeout(answerTimer);
+  }
+  showPending();
+  sendNext();
+};
+
+const showPending = () => {
+  const mine = [...outbox.values()].filter((item) => keyOf(item.room) === current.key);
+  $("pending").replaceChildren(...mine.map((item) => {
+    const words = item.problem ? `failed: ${item.problem} ` : "sending";
+    const state = make("p", {className: "state"}, words);
+    if (item.problem) {
+      const again = make("button", {type: "button", className: "plain"}, "try again");
+      again.addEventListener("click", () => { delete item.problem; showPending(); sendNext(); });
+      const drop = make("button", {type: "button", className: "plain"}, "discard");
+      drop.addEventListener("click", () => settle(item.mid));
+      state.append(again, drop);
+    }
+    return make("article", {className: `message mine ${item.problem ? "failed" : ""}`}, avatar(me),
+      make("p", {className: "text", dir: "auto"}, item.text), state);
+  }));
+  if (stick) toNewest();
+};
+
+// Another tab has sent it, or has failed to.
+addEventListener("storage", ({key, newValue}) => {
+  const mid = key?.startsWith(`lobby.outbox.${me}.`) && key.split(".").at(-1);
+  if (mid && !newValue && outbox.has(mid)) settle(mid);
+});
+
+// -- Events ----------------------------------------------------------------------------------
+
+const hearMessage = (room, event) => {
+  if (event.user === me) settle(event.mid);
+  if (room.ids.has(event.id)) return;
+  room.ids.add(event.id);
+  room.last = Math.max(room.last, event.id);
+  stopTyping(room, event.user);
+  const read = kept(localStorage, `read.${me}.${room.key}`, 0);
+  if (event.user !== me && event.id > read) room.unread++;
+  showItem(room, event);
+};
+
+const hearHistory = (room, event) => {
+  const oldest = room.items.find((item) => item.id)?.id;
+  if (room.loading && event.messages.every(({id}) => id < oldest)) {  // an older page
+    room.loading = false;
+    room.more = event.more;
+    event.messages.forEach(({id}) => room.ids.add(id));
+    room.items.unshift(...event.messages);
+    if (room === current) showMessages();
+    return;
+  }
+  if (!event.complete) {
+    Object.assign(room, {items: [], ids: new Set(), last: null});
+    $("messages").replaceChildren(...(room === current ? [] : $("messages").childNodes));
+    note("More was written than is shown here: scroll up for it.", room);
+  }
+  if (room.last === null || !event.complete) room.more = event.more;
+  for (const message of event.messages) hearMessage(room, message);
+};
 
 const hear = (event) => {
+  const room = event.room ? roomOf(event.room) : current;
+  if (event.room && room.name !== event.room) {  // as the server spells it
+    room.name = event.room;
+    if (room === current) showRoom();
+  }
   switch (event.type) {
-    case "welcome":
-      $("who").textContent = event.user;
-      last = {id: last?.epoch === event.epoch ? last.id : 0, epoch: event.epoch};
-      break;
-    case "history":
-      if (!event.complete) {
-        for (const line of lines.values()) line.remove();
-        lines.clear();
-        say("Some messages are missing here.");
-      }
-      event.messages.forEach(showMessage);
-      for (const [mid, {text}] of unsent) transmit(mid, text);
-      break;
-    case "presence": here = new Set(event.users); showHere(); break;
-    case "joined": here.add(event.user); showHere(); say(`${event.user} joined the chat!`); break;
-    case "left": here.delete(event.user); showHere(); say(`${event.user} left the chat!`); break;
-    case "message": showMessage(event); break;
+    case "welcome": return welcome(event);
+    case "history": hearHistory(room, event); break;
+    case "presence": room.here = new Set(event.users); lookAround(); break;
+    case "joined": case "left": hearPerson(room, event); break;
+    case "message": hearMessage(room, event); break;
+    case "deleted": hearDeleted(room, event.id); break;
+    case "typing": hearTyping(room, event.user); break;
     case "error": hearError(event); break;
   }
+  markRead();
+  showSide();
+};
+
+const hearDeleted = (room, id) => {
+  room.items = room.items.filter((item) => item.id !== id);
+  if (room === current) showMessages();
+};
+
+const hearTyping = (room, user) => {
+  stopTyping(room, user);
+  if (user !== me) room.typing.set(user, setTimeout(() => stopTyping(room, user), 5000));
+  if (room === current) showTyping();
+};
+
+const stopTyping = (room, user) => {
+  clearTimeout(room.typing.get(user));
+  if (room.typing.delete(user) && room === current) showTyping();
+};
+
+// Somebody has come or gone. In a private conversation that is no news: the list shows it.
+const hearPerson = (room, {type, user}) => {
+  if (type === "joined") room.here.add(user); else room.here.delete(user);
+  if (type === "left") stopTyping(room, user);
+  if (user !== me && !room.name.startsWith("@")) note(`${user} ${type} the chat!`, room);
+  lookAround();
 };
 
 const hearError = (event) => {
-  const waiting = unsent.get(event.mid);
-  if (!waiting) return say(`Error: ${event.message}`);
-  if (event.retry_after) {
-    const again = () => unsent.has(event.mid) && transmit(event.mid, waiting.text);
-    setTimeout(again, event.retry_after * 1000);
-    return;
-  }
-  waiting.line.className = "failed";
-  waiting.line.querySelector("small").textContent = `not sent: ${event.message}`;
-  unsent.delete(event.mid);
+  if (!outbox.has(event.mid)) return note(`Error: ${event.message}`);
+  if (!event.retry_after) return settle(event.mid, event.message);
+  clearTimeout(answerTimer);
+  setTimeout(() => { sending = null; sendNext(); }, event.retry_after * 1000);
 };
 
-// -- The connection ----------------------------------------------------------
+const welcome = async (event) => {
+  me = event.user;
+  roles.set(me, event.role);
+  $("myName").textContent = me;
+  if (epoch !== event.epoch) rooms.clear();  // another database: its ids mean nothing here
+  epoch = event.epoch;
+  current = roomOf(current?.name ?? "lobby");
+  const names = ["lobby", ...kept(localStorage, `rooms.${me}`, []), ...event.rooms];
+  for (const room of new Set([...names.map(roomOf), ...rooms.values()])) {
+    if (room !== current) join(room);
+  }
+  loadOutbox();
+  openRoom(current.name);
+  sendNext();
+};
+
+// Who is online, and what they may do; asked for once after many have come or gone.
+let lookTimer = 0;
+const lookAround = () => {
+  clearTimeout(lookTimer);
+  lookTimer = setTimeout(async () => {
+    try {
+      const before = roles.get(me);
+      roles = new Map((await api("GET", "users")).map(({username, role}) => [username, role]));
+      if (roles.get(me) !== before) showMessages();
+      const known = (await api("GET", "rooms")).filter(({room}) => !room.startsWith("@"));
+      $("known").replaceChildren(...known.map(({room}) => make("option", {value: room})));
+      showSide();
+    } catch { /* the next time, then */ }
+  }, 300);
+};
+
+// -- The connection --------------------------------------------------------------------------
+
+let socket = null;
+let epoch = null;
+let retries = 0;     // failed connections in a row
+let retryTimer = 0;
+
+const transmit = (event) => {
+  if (socket?.readyState === WebSocket.OPEN) sendFrame(socket, JSON.stringify(event));
+};
+
+const join = (room) => {
+  room.loading = false;
+  transmit({type: "join", room: room.name, ...(room.last && {after: room.last, epoch})});
+};
+
+const status = (state, more = "") => {
+  $("status").dataset.state = state;
+  $("status").textContent = state + more;
+};
 
 const connect = () => {
   clearTimeout(retryTimer);
-  const url = new URL("ws/chat", location.href.replace(/^http/, "ws"));
-  url.hash = "";
-  url.search = new URLSearchParams({room: ROOM, ...(last && {after: last.id, epoch: last.epoch})});
+  const url = socketUrl("ws/chat");
+  const room = current ?? {name: "lobby"};
+  room.loading = false;
+  url.search = new URLSearchParams({room: room.name, ...(room.last && {after: room.last, epoch})});
   status("connecting");
   try {
-    socket = new WebSocket(url, ["lobby.v1", `bearer.${$("token").value.trim()}`]);
+    socket = openSocket(url, ["lobby.v1", `bearer.${token}`]);
   } catch {
     return refuse("This is no token.");
   }
-  socket.onopen = () => { status("connected"); showChat(true); };
+  const opened = socket;
+  socket.onopen = () => { status("connected"); show("app"); };
   socket.onmessage = ({data}) => {
+    if (socket !== opened) return;
     retries = 0;
     for (const line of data.split("\n")) hear(JSON.parse(line));
   };
   socket.onclose = ({code, reason}) => {
-    socket = null;
-    if (code === 1000 || code === 1008) return refuse(reason);
-    const seconds = Math.min(30, 2 ** retries++) * (0.5 + Math.random() / 2);
-    status(`disconnected, trying again in ${Math.ceil(seconds)} s`);
-    retryTimer = setTimeout(connect, seconds * 1000);
+    if (socket !== opened) return;
+    if (code === 1000 || code === 1008) refuse(reason); else disconnected(reason);
   };
 };
 
+const disconnected = (reason = "") => {
+  const old = socket;
+  socket = null;
+  old?.close();
+  clearTimeout(answerTimer);
+  sending = null;
+  let seconds = Math.ceil(Math.min(30, 2 ** retries++) * (0.5 + Math.random()));
+  const tick = () => {
+    if (seconds <= 0) return connect();
+    status("reconnecting", ` in ${seconds} s${reason ? ` (${reason})` : ""}`);
+    seconds -= 1;
+    retryTimer = setTimeout(tick, 1000);
+  };
+  clearTimeout(retryTimer);
+  tick();
+};
+
 const refuse = (reason) => {
-  status("not connected");
+  socket = null;
+  token = "";
+  keep(sessionStorage, "token", null);
   $("problem").textContent = reason;
-  showChat(false);
+  for (const kind of [rooms, roles, outbox]) kind.clear();  // the next person's are others
+  current = epoch = null;
+  document.title = "Lobby";
+  show("access");
 };
 
-const showChat = (shown) => {
-  $("access").hidden = shown;
-  $("chat").hidden = $("logOut").hidden = !shown;
+const show = (view) => {
+  $("access").hidden = view !== "access";
+  $("app").hidden = view !== "app";
 };
 
-const transmit = (mid, text) => {
-  if (socket?.readyState === WebSocket.OPEN) {
-    socket.send(JSON.stringify({type: "message", room: ROOM, text, mid}));
-  }
+addEventListener("online", () => { if (token && !socket) connect(); });
+addEventListener("offline", () => { if (socket) disconnected("offline"); });
+
+// -- What people do --------------------------------------------------------------------------
+
+const enter = (given) => {
+  token = given;
+  keep(sessionStorage, "token", token);
+  $("problem").textContent = $("password").value = "";
+  connect();
 };
 
-// -- What people do ----------------------------------------------------------
-
-$("access").addEventListener("submit", async (event) => {
+$("credentials").addEventListener("submit", async (event) => {
   event.preventDefault();
-  $("problem").textContent = "";
+  const credentials = {username: $("username").value, password: $("password").value};
+  for (const field of ["username", "password"]) {
+    $(`${field}Problem`).textContent = "";
+    $(field).ariaInvalid = "false";
+  }
   try {
-    const answer = await fetch("login", {
-      method: "POST",
-      headers: {"Content-Type": "application/json"},
-      body: JSON.stringify({username: $("username").value, password: $("password").value}),
-    });
-    const body = await answer.json();
-    if (!answer.ok) throw new Error(body.detail);
-    $("token").value = body.access_token;
-    connect();
+    if (event.submitter?.value === "register") await api("POST", "register", credentials);
+    enter((await api("POST", "login", credentials)).access_token);
   } catch (error) {
-    $("problem").textContent = error.message;
+    const field = error.field ?? {401: "password", 409: "username"}[error.status];
+    $(field ? `${field}Problem` : "problem").textContent = error.message;
+    if (field) { $(field).ariaInvalid = "true"; $(field).focus(); }
   }
 });
 
-$("connect").addEventListener("click", () => { $("problem").textContent = ""; connect(); });
+$("pasted").addEventListener("submit", (event) => {
+  event.preventDefault();
+  enter($("token").value.trim());
+});
+$("logOut").addEventListener("click", () => act("POST", "logout"));
 
-$("logOut").addEventListener("click", () =>
-  fetch("logout", {method: "POST", headers: {Authorization: `Bearer ${$("token").value.trim()}`}}));
+// Does something over HTTP, and says in the room what came of it.
+const act = async (method, path, json = undefined, done = "") => {
+  try {
+    await api(method, path, json);
+    if (done) note(done);
+  } catch (error) { note(`Error: ${error.message}`); }
+  lookAround();
+};
+
+const HELP = `/msg bob hi  says hi to bob alone
+/join tea    opens a room
+/who         who is here`;
+
+const command = (text) => {
+  const [, name, rest] = text.match(/^(\S+)\s*([^]*)$/);
+  const [, user, words] = rest.match(/^(\S*)\s*([^]*)$/);
+  if (name === "/msg" && words) { openRoom(privateWith(user)); post(current, words); }
+  else if (name === "/join" && user) openRoom(user);
+  else if (name === "/who") note(`Here: ${[...current.here].sort().join(", ")}`);
+  else if (name === "/help") note(HELP);
+  else return note("Error: unknown command; /help lists them");
+};
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = $("messageText").value.trim();
-  if (!text) return;
-  const random = crypto.getRandomValues(new Uint32Array(4));
-  const mid = Array.from(random, (n) => n.toString(36)).join("-");
-  const line = messageLine($("who").textContent, text, Date.now() / 1000, "sending");
-  unsent.set(mid, {text, line});
-  show(line);
-  transmit(mid, text);
+  if (!text || !current) return;
   $("messageText").value = "";
+  keep(localStorage, `draft.${me}.${current.key}`, null);
+  if (text.startsWith("/")) command(text); else post(current, text);
 });
 
 $("messageText").addEventListener("keydown", (event) => {
@@ -2627,6 +3276,150 @@ $("messageText").addEventListener("keydown", (event) => {
     $("composer").requestSubmit();
   }
 });
+
+let typedAt = 0;
+$("messageText").addEventListener("input", ({target}) => {
+  keep(localStorage, `draft.${me}.${current.key}`, target.value || null);
+  if (target.value && !target.value.startsWith("/") && Date.now() - typedAt > 3000) {
+    typedAt = Date.now();
+    transmit({type: "typing", room: current.name});
+  }
+});
+
+$("chatLog").addEventListener("scroll", ({target}) => {
+  stick = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
+  if (stick) $("newest").hidden = true;
+  else if ($("newest").hidden) {
+    $("newest").textContent = "Jump to the newest";
+    $("newest").hidden = target.scrollHeight - target.scrollTop - target.clientHeight < 400;
+  }
+  const oldest = current?.items.find((item) => item.id);
+  if (target.scrollTop < 200 && current?.more && !current.loading && oldest) {
+    current.loading = true;
+    transmit({type: "history", room: current.name, before: oldest.id});
+  }
+});
+
+new ResizeObserver(() => { if (stick) toNewest(); }).observe($("chatLog"));
+$("newest").addEventListener("click", () => {
+  stick = true;
+  toNewest();
+  $("messageText").focus();
+});
+$("leave").addEventListener("click", leaveRoom);
+$("joinRoom").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const name = $("roomToJoin").value.trim();
+  $("roomToJoin").value = "";
+  if (name) openRoom(name);
+});
+$("menu").addEventListener("click", () => {
+  $("menu").ariaExpanded = String($("side").classList.toggle("open"));
+});
+document.addEventListener("visibilitychange", () => { markRead(); showSide(); });
+
+const showPerson = (user) => {
+  const role = roles.get(user);
+  $("personName").textContent = user;
+  $("personRole").textContent = role ? `${role}, online` : "not online";
+  $("newRole").value = role ?? "member";
+  $("moderation").hidden = user === me || !may("moderator", "admin");
+  $("roleRow").hidden = !may("admin");
+  $("person").returnValue = "";
+  $("person").showModal();
+};
+
+$("person").addEventListener("close", () => {
+  const user = $("personName").textContent;
+  const path = `users/${encodeURIComponent(user)}`;
+  const action = $("person").returnValue;
+  const role = $("newRole").value;
+  if (action === "message") openRoom(privateWith(user));
+  else if (action === "role") act("PUT", `${path}/role`, {role}, `${user}: ${role}`);
+  else if (action) act("POST", `${path}/${action}`, undefined, `${user}: ${action}`);
+});
+
+// -- The wire's forms ------------------------------------------------------------------------
+
+const toggleWire = () => {
+  $("wire").hidden = !$("wire").hidden;
+  $("wireButton").ariaExpanded = String(!$("wire").hidden);
+  if (!$("wire").hidden) showWire();
+};
+$("wireButton").addEventListener("click", toggleWire);
+$("closeWire").addEventListener("click", () => { toggleWire(); $("wireButton").focus(); });
+$("filter").addEventListener("input", showWire);
+$("clear").addEventListener("click", () => { entries = []; showWire(); });
+$("pause").addEventListener("click", () => {
+  paused = !paused;
+  $("pause").ariaPressed = String(paused);
+  if (!paused) showWire();
+});
+
+$("request").kind.addEventListener("change", ({target}) => {
+  const form = $("request");
+  form.file.hidden = target.value !== "file";
+  form.body.hidden = !["JSON", "form"].includes(target.value);
+  form.body.value = target.value === "JSON" ? '{"hello": "world"}' : "name=Ann\nname=Bob";
+  if (target.value !== "no body" && form.method.value === "GET") form.method.value = "POST";
+});
+
+// Lines like "name: value" or "name=value", as pairs.
+const pairs = (lines, separator) => lines.split("\n").filter((line) => line.includes(separator))
+  .map((line) => [line.slice(0, line.indexOf(separator)).trim(),
+    line.slice(line.indexOf(separator) + 1).trim()]);
+
+const headersAndBody = (form) => {
+  const text = form.body.value;
+  switch (form.kind.value) {
+    case "JSON": return [{"Content-Type": "application/json"}, text];
+    case "form": return [{"Content-Type": "application/x-www-form-urlencoded"},
+      new URLSearchParams(pairs(text, "=")).toString()];
+    case "file": {
+      const data = new FormData();
+      data.append("file", form.file.files[0] ?? "");
+      return [{}, data];
+    }
+    default: return [{}, undefined];
+  }
+};
+
+$("request").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const form = event.target;
+  form.querySelector(".pair").hidden = false;
+  try {
+    const [headers, body] = headersAndBody(form);
+    Object.assign(headers, Object.fromEntries(pairs(form.headers.value, ":")));
+    const path = `inspect/${form.path.value}${form.query.value && `?${form.query.value}`}`;
+    const answer = await request(form.method.value, path, headers, body);
+    $("sent").textContent = answer.sent;
+    $("seen").textContent = pretty(answer.text);
+  } catch (error) { $("seen").textContent = error.message; }
+});
+
+let tried = null;  // the socket that the form talks to
+$("openSocket").addEventListener("click", () => {
+  if (tried) return tried.close();
+  tried = openSocket(socketUrl($("socketForm").path.value.slice(1)));
+  tried.addEventListener("open", () => {
+    $("openSocket").textContent = "Close";
+    $("answer").textContent = "open";
+  });
+  tried.addEventListener("message", ({data}) => { $("answer").textContent = pretty(data); });
+  tried.addEventListener("close", ({code}) => {
+    tried = null;
+    $("openSocket").textContent = "Open";
+    $("answer").textContent = `closed: ${code}`;
+  });
+});
+$("socketForm").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (tried?.readyState === WebSocket.OPEN) sendFrame(tried, event.target.text.value);
+  else $("answer").textContent = "Open the socket first";
+});
+
+if (token) connect();
 </script>
 </body>
 </html>
