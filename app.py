@@ -2735,8 +2735,9 @@ const keyOf = (name) => name.startsWith("@")
 const roomOf = (name) => {
   const key = keyOf(name);
   if (!rooms.has(key)) {
+    const read = kept(localStorage, `read.${me}.${key}`, 0);  // the last id that was seen
     rooms.set(key, {key, name, items: [], ids: new Set(), last: null, more: false,
-      loading: false, unread: 0, here: new Set(), typing: new Map()});
+      loading: false, read, unread: 0, here: new Set(), typing: new Map()});
   }
   return rooms.get(key);
 };
@@ -2751,7 +2752,10 @@ const titleOf = (room) => room.name.startsWith("@") ? otherOf(room) : room.name;
 const markRead = () => {
   if (!current || document.hidden) return;
   current.unread = 0;
-  if (current.last) keep(localStorage, `read.${me}.${current.key}`, current.last);
+  if (current.last > current.read) {
+    current.read = current.last;
+    keep(localStorage, `read.${me}.${current.key}`, current.read);
+  }
 };
 
 const openRoom = (name) => {
@@ -2841,6 +2845,12 @@ const toNewest = () => {
   $("newest").hidden = true;
 };
 
+let following = false;
+const follow = () => {  // once for all the events of a frame: to look how high they are costs time
+  if (!following) queueMicrotask(() => { following = false; if (stick) toNewest(); });
+  following = true;
+};
+
 // Shows the whole room again; what was in view stays there. A screen reader hears only news.
 const showMessages = () => {
   const log = $("chatLog");
@@ -2860,15 +2870,15 @@ const showMessages = () => {
 const showItem = (room, item) => {
   const previous = room.items.at(-1);
   room.items.push(item);
-  if (room.items.length > 1000 && stick) {
+  if (room.items.length > 1000 && (stick || room !== current)) {
     room.items.splice(0, 200).forEach(({id}) => room.ids.delete(id));
     room.more = true;
     if (room === current) showMessages();
   }
   if (room !== current) return;
   $("messages").append(...elementsOf(item, previous));
-  if (stick) toNewest();
-  else if (!item.notice) {
+  follow();
+  if (!stick && !item.notice) {
     $("newest").hidden = false;
     $("newest").textContent = "New messages below";
   }
@@ -2922,20 +2932,25 @@ const roomButton = (room) => {
 const icon = (fill) => `data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' `
   + `viewBox='0 0 16 16'><circle cx='8' cy='8' r='7' fill='${fill}'/></svg>`;
 
-let sideTimer = 0;
-const showSide = () => {  // once, however many events have come
-  clearTimeout(sideTimer);
-  sideTimer = setTimeout(() => {
-    const byName = [...rooms.values()].sort((a, b) => titleOf(a).localeCompare(titleOf(b)));
-    fill($("rooms"), byName.filter((room) => !room.name.startsWith("@")).map(roomButton));
-    fill($("private"), byName.filter((room) => room.name.startsWith("@")).map(roomButton));
-    fill($("people"), [...roles].map(([user, role]) => sideButton(user, user,
-      make("small", {}, role === "member" ? "" : role), () => showPerson(user))));
-    const unread = byName.reduce((sum, room) => sum + room.unread, 0);
-    document.title = unread ? `(${unread}) Lobby` : "Lobby";
-    $("icon").href = icon(unread ? "crimson" : "royalblue");
-  }, 30);
+// Does something a little later, and once, however often it was asked for until then.
+const soon = (milliseconds, action) => {
+  let timer = 0;
+  return () => {
+    timer ||= setTimeout(() => { timer = 0; action(); }, milliseconds);
+  };
 };
+
+const showSide = soon(30, () => {
+  markRead();
+  const byName = [...rooms.values()].sort((a, b) => titleOf(a).localeCompare(titleOf(b)));
+  fill($("rooms"), byName.filter((room) => !room.name.startsWith("@")).map(roomButton));
+  fill($("private"), byName.filter((room) => room.name.startsWith("@")).map(roomButton));
+  fill($("people"), [...roles].map(([user, role]) => sideButton(user, user,
+    make("small", {}, role === "member" ? "" : role), () => showPerson(user))));
+  const unread = byName.reduce((sum, room) => sum + room.unread, 0);
+  document.title = unread ? `(${unread}) Lobby` : "Lobby";
+  $("icon").href = icon(unread ? "crimson" : "royalblue");
+});
 
 // -- The outbox: what is typed is kept until the server has it -------------------------------
 
@@ -2964,7 +2979,7 @@ const post = (room, text) => {
 };
 
 const sendNext = () => {
-  if (sending || socket?.readyState !== WebSocket.OPEN || !roles.has(me)) return;
+  if (sending || socket?.readyState !== WebSocket.OPEN) return;
   const next = [...outbox.values()].find((item) => !item.problem);
   if (!next) return;
   sending = next.mid;
@@ -3017,8 +3032,7 @@ const hearMessage = (room, event) => {
   room.ids.add(event.id);
   room.last = Math.max(room.last, event.id);
   stopTyping(room, event.user);
-  const read = kept(localStorage, `read.${me}.${room.key}`, 0);
-  if (event.user !== me && event.id > read) room.unread++;
+  if (event.user !== me && event.id > room.read) room.unread++;
   showItem(room, event);
 };
 
@@ -3042,6 +3056,8 @@ const hearHistory = (room, event) => {
 };
 
 const hear = (event) => {
+  const isOpen = !event.room || event.room.startsWith("@") || rooms.has(event.room);
+  if (!isOpen) return;  // it was left meanwhile
   const room = event.room ? roomOf(event.room) : current;
   if (event.room && room.name !== event.room) {  // as the server spells it
     room.name = event.room;
@@ -3057,7 +3073,6 @@ const hear = (event) => {
     case "typing": hearTyping(room, event.user); break;
     case "error": hearError(event); break;
   }
-  markRead();
   showSide();
 };
 
@@ -3109,20 +3124,16 @@ const welcome = async (event) => {
 };
 
 // Who is online, and what they may do; asked for once after many have come or gone.
-let lookTimer = 0;
-const lookAround = () => {
-  clearTimeout(lookTimer);
-  lookTimer = setTimeout(async () => {
-    try {
-      const before = roles.get(me);
-      roles = new Map((await api("GET", "users")).map(({username, role}) => [username, role]));
-      if (roles.get(me) !== before) showMessages();
-      const known = (await api("GET", "rooms")).filter(({room}) => !room.startsWith("@"));
-      $("known").replaceChildren(...known.map(({room}) => make("option", {value: room})));
-      showSide();
-    } catch { /* the next time, then */ }
-  }, 300);
-};
+const lookAround = soon(300, async () => {
+  try {
+    const before = roles.get(me);
+    roles = new Map((await api("GET", "users")).map(({username, role}) => [username, role]));
+    if (roles.get(me) !== before) showMessages();
+    const known = (await api("GET", "rooms")).filter(({room}) => !room.startsWith("@"));
+    $("known").replaceChildren(...known.map(({room}) => make("option", {value: room})));
+    showSide();
+  } catch { /* the next time, then */ }
+});
 
 // -- The connection --------------------------------------------------------------------------
 
@@ -3143,6 +3154,8 @@ const join = (room) => {
 const status = (state, more = "") => {
   $("status").dataset.state = state;
   $("status").textContent = state + more;
+  // This is seen while the chat is not.
+  $("problem").textContent = state === "connected" ? "" : state + more;
 };
 
 const connect = () => {
@@ -3194,6 +3207,7 @@ const refuse = (reason) => {
   $("problem").textContent = reason;
   for (const kind of [rooms, roles, outbox]) kind.clear();  // the next person's are others
   current = epoch = null;
+  me = "";
   document.title = "Lobby";
   show("access");
 };

@@ -2541,12 +2541,13 @@ def test_the_wires_forms_talk_to_the_server(
 
     def seen(kind: str) -> Any:
         form.locator("[name=kind]").select_option(kind)
-        form.locator("[name=path]").fill(kind.replace(" ", "-"))
+        path = kind.replace(" ", "-")
+        form.locator("[name=path]").fill(path)
         if kind == "file":
             content = {"name": "a.txt", "mimeType": "text/plain", "buffer": b"hello"}
             form.locator("[name=file]").set_input_files([content])
         form.get_by_role("button", name="Send").click()
-        page.locator("#seen", has_text=kind.replace(" ", "-")).wait_for()
+        page.locator("#seen", has_text=f"/inspect/{path}?").wait_for()
         return json.loads(page.inner_text("#seen"))
 
     answer = seen("no body")
