@@ -265,7 +265,13 @@ def in_database_thread(
     """Make a method of Storage awaitable: it runs in the one thread that owns the database."""
 
     async def call(self: Storage, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self.run(self.thread, functools.partial(method, self, *args, **kwargs))
+        work = functools.partial(method, self, *args, **kwargs)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+        except Exception:
+            log.exception("the database failed in %s", method.__name__)
+            message = "The database failed, try again"
+            raise Refused("unavailable", message, retry_after=1) from None
 
     return call
 
@@ -301,11 +307,16 @@ def message_event(id: int, room: str, user: str, text: str, at: int, mid: str | 
     return event | {"at": at / 1000, "mid": mid}
 
 
+def size_of(event: Event) -> int:
+    """About how much memory an event takes, in characters of its text."""
+    return len(event.get("text", ""))
+
+
+BUSY_SECONDS = 5  # how long a transaction waits for another program that writes
+
+
 class Storage:
     """Messages, people and revoked tokens, in one SQLite file.
-
-    A search may read a whole room. It has a thread and a connection of its own, so that
-    nobody's message waits for it.
 
     All that another database would have to offer is here. When the database fails, every
     async method raises Refused with the code ``unavailable``, and nothing has been stored.
@@ -316,7 +327,6 @@ class Storage:
         path = Path(os.path.realpath(path))
         self.resources = ExitStack()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="database")
-        self.search_thread = ThreadPoolExecutor(1, thread_name_prefix="search")
 
         def connect(file: str, timeout: float) -> sqlite3.Connection:
             # isolation_level None: every statement is a transaction of its own
@@ -330,7 +340,7 @@ class Storage:
             # nobody here, so it is kept out by a lock that ends with its holder.
             connect(f"{path}.lock", 0).execute("BEGIN EXCLUSIVE")
             path.touch(mode=0o600)  # password hashes are nobody else's business
-            self.db = connect(str(path), 5)
+            self.db = connect(str(path), BUSY_SECONDS)
             # FULL: a commit has reached the disk when it returns, power cut or not.
             # secure_delete: what is deleted is overwritten, not only given free.
             self.db.executescript(
@@ -341,7 +351,6 @@ class Storage:
                 raise sqlite3.DatabaseError("a newer Lobby has made it")
             for number, script in enumerate(MIGRATIONS[version:], version + 1):
                 self.db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
-            self.search_db = connect(str(path), 5)
             self.db.execute(
                 "INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),)
             )
@@ -349,6 +358,7 @@ class Storage:
             (self.last_id,) = self.db.execute(
                 "SELECT coalesce(max(seq), 0) FROM sqlite_sequence"
             ).fetchone()
+            self.wiped = True  # the journal holds nothing that was deleted
         except (sqlite3.Error, OSError) as error:
             self.close()
             in_use = "database is locked" in str(error)
@@ -358,17 +368,7 @@ class Storage:
     def close(self) -> None:
         """Finish what is under way and let go of the file."""
         self.thread.shutdown()
-        self.search_thread.shutdown(cancel_futures=True)
         self.resources.close()
-
-    async def run(self, thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        """Do this in that thread. Raises Refused if it fails."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(thread, work)
-        except Exception:
-            log.exception("the database failed")
-            message = "The database failed, try again"
-            raise Refused("unavailable", message, retry_after=1) from None
 
     @in_database_thread
     def append(self, drafts: Sequence[Draft]) -> list[tuple[Event, bool]]:
@@ -384,6 +384,8 @@ class Storage:
         ]
         stored = self.db.execute(INSERT_MESSAGES, (json.dumps(rows),)).rowcount
         self.last_id += len(rows)
+        if not self.wiped:
+            self._wipe()
         if stored == len(rows):
             return [(message_event(*row), True) for row in rows]
         return [self._stored(*row) for row in rows]
@@ -401,27 +403,14 @@ class Storage:
         return message_event(*found), found[0] == id
 
     def _page(
-        self,
-        db: sqlite3.Connection,
-        room: str,
-        limit: int,
-        before: int = MAX_ID,
-        after: int | None = None,
-        q: str = "",
+        self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
     ) -> tuple[list[Event], bool]:
-        """Messages with ``after`` < id < ``before``, oldest first, and whether there are more.
-
-        At most ``limit``: the ones next to ``after`` if it is given, else next to ``before``.
-        With ``q``, only those that have this text in them.
-        """
         order = "DESC" if after is None else "ASC"
-        found = "AND text LIKE ? ESCAPE '\\'" if q else ""
-        literal = re.sub(r"([\\%_])", r"\\\1", q)  # to LIKE, % and _ would mean any text
-        rows = db.execute(
+        rows = self.db.execute(
             "SELECT id, room, user, text, at, mid FROM messages"
-            f" WHERE room = ? AND id > ? AND id < ? AND deleted IS NULL {found}"
+            " WHERE room = ? AND id > ? AND id < ? AND deleted IS NULL"
             f" ORDER BY id {order} LIMIT ?",
-            (room, after or 0, before, *([f"%{literal}%"] if q else ()), limit + 1),
+            (room, after or 0, before, limit + 1),
         ).fetchall()
         page = [message_event(*row) for row in rows[:limit]]
         return page if order == "ASC" else page[::-1], len(rows) > limit
@@ -430,29 +419,24 @@ class Storage:
     def page(
         self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
     ) -> tuple[list[Event], bool]:
-        """See ``_page``. However long the room, an index leads to it."""
-        return self._page(self.db, room, limit, before, after)
+        """Messages with ``after`` < id < ``before``, oldest first, and whether there are more.
 
-    async def search(
-        self, room: str, limit: int, before: int, after: int | None, q: str
-    ) -> tuple[list[Event], bool]:
-        """See ``_page``. What is found nowhere takes about a second for a million messages.
-
-        An index of all parts of all texts would find it at once, but storing would take three
-        times as long, and deleting a text would no longer be a matter of one row.
+        At most ``limit``: the ones next to ``after`` if it is given, else next to ``before``.
         """
-        work = functools.partial(self._page, self.search_db, room, limit, before, after, q)
-        return await self.run(self.search_thread, work)
+        return self._page(room, limit, before, after)
 
     @in_database_thread
-    def since(self, room: str, after: int, limit: int) -> list[list[Event]] | None:
-        """The messages after this id, and what was deleted since then; None if there are more."""
-        messages, more = self._page(self.db, room, limit, after=after)
+    def since(self, room: str, after: int, limit: int, size: int) -> list[list[Event]] | None:
+        """The messages after this id, and what was deleted since then.
+
+        None if there are more than ``limit`` of either, or more characters than ``size``.
+        """
+        messages, more = self._page(room, limit, after=after)
         deleted = self.db.execute(
             "SELECT id FROM messages WHERE room = ? AND deleted >= ? AND id <= ? LIMIT ?",
             (room, after, after, limit + 1),
         ).fetchall()
-        if more or len(deleted) > limit:
+        if more or len(deleted) > limit or sum(map(size_of, messages)) > size:
             return None
         return [messages, [{"type": "deleted", "room": room, "id": id} for (id,) in deleted]]
 
@@ -465,13 +449,20 @@ class Storage:
 
     @in_database_thread
     def delete(self, id: int) -> bool:
-        """Wipe a message's text out of the file and of its journal; False if it has none."""
+        """Wipe a message's text out of the file and of its journal; False if there is none."""
         done = self.db.execute(
             "UPDATE messages SET text = '', deleted = ? WHERE id = ? AND deleted IS NULL",
             (self.last_id, id),
         )
-        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._wipe()
         return done.rowcount > 0
+
+    def _wipe(self) -> None:
+        """Empty the journal; while another program reads the database, that is put off."""
+        self.db.execute("PRAGMA busy_timeout = 0")
+        (in_use, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self.db.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+        self.wiped = not in_use
 
     @in_database_thread
     def rooms(self, person: str) -> list[str]:
@@ -1160,7 +1151,8 @@ def clean_name(name: str) -> str:
     """
     if len(name) <= LONGEST_FORM * MAX_NAME:
         name = normalize("NFKC", name)
-    kinds = "".join("_" if c in "_-" else unicodedata.category(c)[0] for c in name)
+    start = name[: MAX_NAME + 1]  # enough to see that it is too long
+    kinds = "".join("_" if c in "_-" else unicodedata.category(c)[0] for c in start)
     if not re.fullmatch(r"[LN_][LMN_]{0,31}", kinds) or re.search(INVISIBLE, name):
         raise PydanticCustomError("bad_name", "1 to 32 letters, digits, '_' or '-' are a name")
     return name
@@ -1599,13 +1591,15 @@ async def unban(person: Target, storage: Database) -> dict[str, Any]:
 # ======================================================================================
 
 WINDOW = 1_000  # newest events that an open room keeps, and most messages that are resumed
+WINDOW_SIZE = 1 * MIB  # characters in these events, in both cases
 HISTORY = 50  # messages shown on joining
 MAX_BATCH = 250  # messages in one transaction; well below WINDOW, or batches outrun readers
 MAX_PENDING = 10_000  # messages that may wait for the disk before new ones are refused
 MAX_FRAME = 256 * KIB  # characters after which a frame takes no further batch
 MAX_FRAMES = 32  # of plain text that are sent one by one; more go out as lines of one frame
-MAX_OUTBOX = 1_000  # personal events that may wait for one client
+MAX_OUTBOX = 2 * WINDOW + 100  # personal events that may wait for one client: a resume's too
 MAX_ROOMS = 100  # rooms that one client may follow
+SEARCHED = 500  # messages that a search reads at a time
 TYPING_RATE = 1  # notices a second of one person in one room; they take room in its window
 
 
@@ -1673,6 +1667,7 @@ class Room:
         self.batches: list[Batch] = []
         self.first = 0  # the number of batches[0]
         self.events = 0  # in all batches
+        self.size = 0  # characters in all batches
 
     @property
     def end(self) -> int:
@@ -1688,8 +1683,11 @@ class Room:
         """Add a batch, forget what the window no longer holds, and wake the followers."""
         self.batches.append(Batch(events))
         self.events += len(events)
-        while self.events > WINDOW and len(self.batches) > 1:
-            self.events -= len(self.batches.pop(0).events)
+        self.size += sum(map(size_of, events))
+        while (self.events > WINDOW or self.size > WINDOW_SIZE) and len(self.batches) > 1:
+            forgotten = self.batches.pop(0).events
+            self.events -= len(forgotten)
+            self.size -= sum(map(size_of, forgotten))
             self.first += 1
         for client in self.followers:
             client.wake.set()
@@ -1717,6 +1715,7 @@ class Client:
         self.encode = encode
         self.cursors: dict[Room, int] = {}
         self.outbox: list[Event] = []
+        self.held: list[Event] | None = []  # private messages that come during a join
         self.wake = asyncio.Event()  # there is something new to send
         self.taken = asyncio.Event()  # nothing is left in the outbox
 
@@ -1846,11 +1845,11 @@ class ConnectionManager:
         if not members(name):
             return name
         try:
-            names = [folded(member) for member in members(name)]
+            one, other = members(name)
+            names = [folded(one), folded(other)]
             names.remove(folded(user))
-            (other,) = names
-            person = await self.storage.find_person(other)
-        except ValueError:  # no name, not mine, or not two
+            person = await self.storage.find_person(names[0])
+        except ValueError:  # not two, no name, or not mine
             person = None
         if person is None:
             raise Refused("unknown_room", "No such room or person")
@@ -1859,12 +1858,12 @@ class ConnectionManager:
     async def history(self, room: str, after: int | None, epoch: str | None) -> list[Event]:
         """All that has happened since ``after``; the newest page if that is not to be had.
 
-        It is not if there is no ``after``, if more than WINDOW messages have come since, or
-        if it is the id of another database's message.
+        It is not if there is no ``after``, if more has come since than a room's window holds,
+        or if it is the id of another database's message.
         """
         storage = self.storage
         if after is not None and epoch in (None, storage.epoch) and after <= storage.last_id:
-            missed = await storage.since(room, after, WINDOW)
+            missed = await storage.since(room, after, WINDOW, WINDOW_SIZE)
             if missed:
                 messages, deleted = missed
                 return [history_event(room, messages, more=False), *deleted]
@@ -1917,15 +1916,33 @@ class ConnectionManager:
             client.tether.end(1013, "Too slow")
         client.cursors[room] = room.end
 
-    async def search(self, user: str, *query: Any) -> tuple[list[Event], bool]:
-        """What Storage.search finds. Raises Refused if this person's last search still runs."""
+    async def search(
+        self, user: str, room: str, limit: int, before: int, after: int | None, q: str
+    ) -> tuple[list[Event], bool]:
+        """Like Storage.page, but only messages with ``q`` in their text, whatever the case.
+
+        It reads page after page, so that others get in between. An index of all parts of all
+        texts would be quicker, but storing would take three times as long, and deleted texts
+        would have to be wiped out of it too. Raises Refused if the last one still runs.
+        """
         if user in self.searching:
             raise Refused("rate_limited", "Your last search still runs", retry_after=1)
         self.searching.add(user)
+        found: list[Event] = []
+        more = True
         try:
-            return await self.storage.search(*query)
+            while more and len(found) <= limit:
+                page, more = await self.storage.page(room, SEARCHED, before, after)
+                hits = [event for event in page if q.casefold() in event["text"].casefold()]
+                if after is None:
+                    found = hits + found
+                    before = page[0]["id"] if page else before
+                else:
+                    found += hits
+                    after = page[-1]["id"] if page else after
         finally:
             self.searching.discard(user)
+        return found[-limit:] if after is None else found[:limit], len(found) > limit
 
     # -- Messages ---------------------------------------------------------------------
 
@@ -1947,8 +1964,11 @@ class ConnectionManager:
         self.pending.append(notice)
         self.posted.set()
 
-    def typing(self, room: str, user: str) -> None:
-        """Announce that somebody is writing, unless there is more important work."""
+    def typing(self, client: Client, room: str) -> None:
+        """Announce in a room where somebody is that they write; too often is not said again."""
+        user = client.owner.user
+        if self.rooms.get(room) not in client.cursors and not members(room):
+            raise Refused("forbidden", "Join the room first")
         if len(self.pending) < MAX_PENDING and not self.typing_limit.retry_after(f"{user} {room}"):
             self.announce({"type": "typing", "room": room, "user": user})
 
@@ -2007,7 +2027,27 @@ class ConnectionManager:
             if self.rooms.get(room) not in client.cursors:
                 for event in events:
                     if event["type"] not in ("joined", "left"):
-                        self.send_personal_message(event, client)
+                        self.tell_privately(event, client)
+
+    def tell_privately(self, event: Event, client: Client) -> None:
+        """Tell a client of a private conversation that it does not follow.
+
+        While it joins a room, this is put off: it may be this one, and then its history, or
+        its log, will have the event in its place.
+        """
+        if client.held is None:
+            self.send_personal_message(event, client)
+        elif len(client.held) < MAX_OUTBOX:
+            client.held.append(event)
+        else:
+            client.tether.end(1013, "Too slow")
+
+    def release(self, client: Client) -> None:
+        """Tell what was put off, unless the client follows that conversation now."""
+        held, client.held = client.held or [], None
+        for event in held:
+            if self.rooms.get(event["room"]) not in client.cursors:
+                self.send_personal_message(event, client)
 
     def stop(self) -> None:
         """Let the committer end when all that is pending is stored."""
@@ -2149,10 +2189,12 @@ class ChatHandler:
         Who does not read its answers is not listened to.
         """
         await self.attempt(self.enter(query))
+        self.manager.release(self.client)
         while True:
             frame = await receive_text(self.client.websocket)
             if self.client.encode is as_json:
                 for line in frame.split("\n"):
+                    await asyncio.sleep(0)  # thousands of lines may have come: as in `receive`
                     await self.client.taken.wait()
                     await self.attempt(self.handle_json(line), line)
             else:
@@ -2201,22 +2243,34 @@ class ChatHandler:
     async def find_room(self, name: str) -> str:
         return await self.manager.find_room(name, self.user)
 
+    async def join(self, event: JoinRoom) -> None:
+        """Join a room, while private messages are held back: see ``tell_privately``."""
+        self.client.held = self.client.held or []
+        if self.client.encode is as_plain and event.after is None:
+            self.manager.release(self.client)  # there will be no history to have them
+        try:
+            room = await self.find_room(event.room)
+            others = {one.name for one in self.client.cursors} - {room}
+            if len(others) >= MAX_ROOMS:
+                raise Refused("forbidden", f"One socket follows at most {MAX_ROOMS} rooms")
+            await self.manager.join(self.client, room, event.after, event.epoch)
+        finally:
+            self.manager.release(self.client)
+
     async def do(self, event: AnyIncoming) -> None:
+        if isinstance(event, JoinRoom):
+            await self.join(event)
+            return
         named = event.room if event.room is not None else f"@{self.user}+{event.to}"
         room = await self.find_room(named)
         match event:
             case SendMessage():
                 self.post(room, event.text, event.mid)
-            case JoinRoom():
-                others = {one.name for one in self.client.cursors} - {room}
-                if len(others) >= MAX_ROOMS:
-                    raise Refused("forbidden", f"One socket follows at most {MAX_ROOMS} rooms")
-                await self.manager.join(self.client, room, event.after, event.epoch)
             case LeaveRoom():
                 for followed in [one for one in self.client.cursors if one.name == room]:
                     self.manager.leave(self.client, followed)
             case Typing():
-                self.manager.typing(room, self.user)
+                self.manager.typing(self.client, room)
             case GetHistory():
                 page = await self.manager.storage.page(room, event.limit, event.before)
                 self.tell(history_event(room, *page))
@@ -2295,7 +2349,7 @@ async def read_messages(
 ) -> dict[str, Any]:
     """A page, oldest first: next to ``after`` if that is given, else next to ``before``.
 
-    With ``q``, only messages with exactly this in their text; for A to Z, case is the same.
+    With ``q``, only messages with this in their text, taken literally, whatever its case.
     """
     if q:
         messages, more = await manager.search(me.user, room, limit, before, after, q)
@@ -2360,7 +2414,8 @@ async def list_users(me: Me, manager: Manager) -> list[dict[str, Any]]:
 async def healthz(storage: Database, manager: Manager) -> dict[str, Any]:
     """For whoever watches the server: people online and rooms open; 503 if the database fails."""
     await storage.count_people()
-    return {"status": "ok", "online": len(manager.clients), "rooms": len(manager.rooms)}
+    rooms = [room for room in manager.rooms if not members(room)]
+    return {"status": "ok", "online": len(manager.clients), "rooms": len(rooms)}
 
 
 app.add_api_websocket_route("/ws/{session_id}", session_socket)  # the last one: see chapter 6

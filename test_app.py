@@ -403,11 +403,9 @@ def test_messages_are_read_from_an_index(client: TestClient, path: str) -> None:
     """However many messages a room has, its newest page costs the rows shown."""
     statements: list[str] = []
     storage = app.state.storage
-    for db in (storage.db, storage.search_db):
-        db.set_trace_callback(statements.append)
+    storage.db.set_trace_callback(statements.append)
     assert client.get(path, headers=bearer()).status_code == 200
-    for db in (storage.db, storage.search_db):
-        db.set_trace_callback(None)
+    storage.db.set_trace_callback(None)
     (statement,) = [one for one in statements if "FROM messages" in one]
     plan = str(storage.db.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall())
     assert "SEARCH messages USING" in plan
@@ -1670,7 +1668,11 @@ def texts_of(client: TestClient, room: str = "lobby", user: str = "user1", **que
     return [message["text"] for message in answer.json()["messages"]]
 
 
-def test_search_takes_its_text_literally(client: TestClient) -> None:
+@pytest.mark.parametrize("at_a_time", [1, 3, 500])
+def test_search_takes_its_text_literally(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    monkeypatch.setattr(lobby, "SEARCHED", at_a_time)
     texts = [
         "50% off",
         "500 off",
@@ -1679,6 +1681,7 @@ def test_search_takes_its_text_literally(client: TestClient) -> None:
         r"back\slash",
         "Tea? TEA!",
         "茶水",
+        "Äpfel und Straße",
         "it's",
     ]
     for text in texts:
@@ -1690,6 +1693,7 @@ def test_search_takes_its_text_literally(client: TestClient) -> None:
         ("\\", [r"back\slash"]),
         ("tea", ["Tea? TEA!"]),
         ("茶", ["茶水"]),
+        ("ÄPFEL", ["Äpfel und Straße"]),
         ("'", ["it's"]),
         ("off", ["50% off", "500 off"]),
         ("", texts),
@@ -1698,27 +1702,50 @@ def test_search_takes_its_text_literally(client: TestClient) -> None:
         assert texts_of(client, q=q) == found
     assert texts_of(client, q="off", limit=1) == ["500 off"]
     assert texts_of(client, q="off", before=2) == ["50% off"]
+    assert texts_of(client, q="off", after=0, limit=1) == ["50% off"]
+    assert texts_of(client, q="off", after=1) == ["500 off"]
     assert texts_of(client, room="tea", q="off") == []
     assert texts_of(client, q="x" * 201) == 422
 
 
-def test_a_search_holds_up_no_message_and_one_person_has_one_at_a_time(client: TestClient) -> None:
-    post(client, "find me")
-    held, found = threading.Event(), []
-    with chat(client, "user2") as watcher:
-        app.state.storage.search_thread.submit(held.wait)
-        search = threading.Thread(target=lambda: found.append(texts_of(client, q="find")))
+def test_a_message_is_stored_in_the_midst_of_a_search(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby, "SEARCHED", 1)
+    for n in range(50):
+        post(client, f"{n}")
+    statements: list[str] = []
+    third, said = threading.Event(), threading.Event()
+
+    def trace(statement: str) -> None:
+        statements.append(statement)
+        if sum("FROM messages" in one for one in statements) == 3 and not third.is_set():
+            third.set()
+            said.wait(20)
+
+    with chat(client, "user2") as conversation:
+        app.state.storage.db.set_trace_callback(trace)
+        search = threading.Thread(target=texts_of, args=(client,), kwargs={"q": "x"})
         search.start()
-        while not app.state.manager.searching:
+        assert third.wait(20)
+        conversation.say("meanwhile", "m1")
+        while not app.state.storage.thread._work_queue.qsize():  # it waits to be stored
             time.sleep(0.001)
-        assert texts_of(client, q="me too") == 429
-        watcher.say("meanwhile", "m1")
-        assert watcher.next()["text"] == "meanwhile"
-        assert not found
-        held.set()
+        said.set()
+        assert conversation.next()["text"] == "meanwhile"
         search.join()
-    assert found == [["find me"]]
-    assert texts_of(client, q="find") == ["find me"]
+        app.state.storage.db.set_trace_callback(None)
+    kinds = ["page" if "FROM messages" in one else one.split()[0] for one in statements]
+    assert "INSERT" in kinds[: kinds.index("page", len(kinds) // 2)]
+
+
+def test_one_person_searches_one_thing_at_a_time(client: TestClient) -> None:
+    app.state.manager.searching.add("user1")
+    assert texts_of(client, q="tea") == 429
+    assert texts_of(client, q="tea", user="user2") == []
+    assert texts_of(client) == []
+    app.state.manager.searching.clear()
+    assert texts_of(client, q="tea") == texts_of(client, q="tea") == []
 
 
 # Private conversations.
@@ -2017,22 +2044,26 @@ def test_what_cannot_be_resumed_is_said_to_be_incomplete(
     assert ids_after(client, ids[-1] + 1) == (ids, False)  # from the future
 
 
-def test_reconnecting_at_any_moment_loses_and_repeats_nothing(client: TestClient) -> None:
+@pytest.mark.parametrize("room", ["lobby", "@user1+user2"])
+def test_reconnecting_at_any_moment_loses_and_repeats_nothing(
+    client: TestClient, room: str
+) -> None:
     """One writes without a pause; the other comes and goes, and reads on from the last id."""
     total, seen, rng = 600, [0], random.Random(7)
 
     def write() -> None:
         with chat(client) as writer:
             for n in range(total):
-                writer.say(f"{n}", f"m{n}")
-                if n % 10 == 9:
-                    writer.next("message")
+                writer.say(f"{n}", f"m{n}", room=room)
+                while n % 10 == 9 and writer.next("message")["mid"] != f"m{n}":
+                    pass
 
     writer = threading.Thread(target=write)
     writer.start()
     texts = []
     while len(texts) < total:
-        with chat(client, "user2", f"after={seen[-1]}", quiet=False) as reader:
+        query = f"room={room}&after={seen[-1]}"
+        with chat(client, "user2", query, quiet=False) as reader:
             for _ in range(rng.randrange(1, 5)):
                 if len(texts) == total:
                     break
@@ -2040,6 +2071,7 @@ def test_reconnecting_at_any_moment_loses_and_repeats_nothing(client: TestClient
                 if event["type"] == "history":
                     assert event["complete"]
                 for new in event.get("messages", [event]):
+                    assert new["id"] > seen[-1]
                     seen.append(new["id"])
                     texts.append(new["text"])
     writer.join()
