@@ -2489,6 +2489,7 @@ button:hover { filter: brightness(.95); } button:disabled { opacity: .6; cursor:
 #room { flex: 1; min-width: 0; display: flex; flex-direction: column; position: relative; }
 #top { flex: none; height: 3.5rem; display: flex; gap: .5rem; align-items: center;
   padding: .5rem .9rem; border-bottom: 1px solid var(--line); }
+#top button { flex: none; white-space: nowrap; }
 #status { color: var(--dim); font-size: .85rem; }
 #status::before { content: "●"; margin-inline-end: .35rem; color: var(--wrong); }
 #status[data-state="connected"]::before { color: var(--good); }
@@ -2506,6 +2507,7 @@ button:hover { filter: brightness(.95); } button:disabled { opacity: .6; cursor:
 .text { grid-column: 2; white-space: pre-wrap; overflow-wrap: anywhere; }
 .text a { color: var(--accent); }
 time, .state, .notice, #typing { color: var(--dim); font-size: .8rem; }
+time { flex: none; white-space: nowrap; }
 .tools { grid-column: 3; grid-row: 1; opacity: 0; font-size: .8rem; }
 .message:hover .tools, .tools:focus-within { opacity: 1; }
 .notice { padding: .2rem .9rem .2rem 4.1rem; overflow-wrap: anywhere; white-space: pre-wrap; }
@@ -2518,7 +2520,7 @@ time, .state, .notice, #typing { color: var(--dim); font-size: .8rem; }
 #messages .state { display: none; } #messages > :last-child .state { display: block; }
 #newest { position: absolute; bottom: 5.5rem; left: 50%; translate: -50%; white-space: nowrap;
   border-radius: 2rem; box-shadow: 0 2px 12px #0004; z-index: 1; }
-#typing { padding: 0 .9rem; height: 1.4rem; }
+#typing { flex: none; padding: 0 .9rem; height: 1.4rem; }
 #composer { display: flex; gap: .5rem; align-items: end; padding: 0 .9rem .9rem; }
 #messageText { flex: 1; resize: none; field-sizing: content; min-height: 2.4rem;
   max-height: 30dvh; }
@@ -2594,7 +2596,8 @@ dialog::backdrop { background: #0006; }
       <h2 id="roomName" class="name"></h2>
       <button id="leave" class="plain" type="button">Leave</button>
       <span class="grow"></span>
-      <span id="status" role="status">connecting</span>
+      <span id="status" class="name" role="status"><span id="state"></span><span id="more"
+        aria-hidden="true"></span></span>
       <button id="wireButton" type="button" aria-controls="wire"
         aria-expanded="false">The wire</button>
     </div>
@@ -2602,7 +2605,7 @@ dialog::backdrop { background: #0006; }
       <div id="messages"></div><div id="pending"></div>
     </div>
     <button id="newest" class="main" type="button" hidden></button>
-    <p id="typing"></p>
+    <p id="typing" class="name"></p>
     <form id="composer">
       <label class="unseen" for="messageText">Message</label>
       <textarea id="messageText" rows="1" maxlength="4000" dir="auto"
@@ -2612,7 +2615,7 @@ dialog::backdrop { background: #0006; }
   </main>
 
   <aside id="wire" aria-label="The wire" hidden>
-    <div class="row"><h2 class="name grow">The wire</h2>
+    <div class="row"><h2>The wire</h2>
       <input id="filter" class="grow" placeholder="Filter" aria-label="Filter" size="1">
       <button id="pause" type="button" aria-pressed="false">Pause</button>
       <button id="clear" type="button">Clear</button>
@@ -2682,7 +2685,7 @@ let paused = false;
 
 const hideSecrets = (text) => text
   .replace(/eyJ[\w-]{7}[\w-]*\.[\w-]+\.[\w-]+/g, (token) => `${token.slice(0, 10)}...`)
-  .replace(/("password":)"(?:[^"\\]|\\.)*"/g, '$1"..."');
+  .replace(/(\\?"password\\?"\s*:\s*)\\?"(?:[^"\\]|\\.)*?\\?"/g, '$1"..."');
 
 const pretty = (text) => text.split("\n").map((line) => {
   try { return JSON.stringify(JSON.parse(line), null, 2); } catch { return line; }
@@ -2766,11 +2769,15 @@ const kept = (storage, name, fallback = null) => {
   } catch { return fallback; }
 };
 
+let storable = true;
 const keep = (storage, name, value) => {
   try {
     if (value === null) storage.removeItem(`lobby.${name}`);
     else storage.setItem(`lobby.${name}`, JSON.stringify(value));
-  } catch { note("This browser keeps nothing: what is not sent is lost when the tab closes."); }
+  } catch {
+    if (storable) note("This browser keeps nothing: what is not sent is lost with the tab.");
+    storable = false;
+  }
 };
 
 let token = kept(sessionStorage, "token", "");
@@ -2784,13 +2791,16 @@ const rooms = new Map();
 let current = null;  // the room that is shown
 
 // Two names of one private conversation, in another order or case, are one key.
-const keyOf = (name) => name.startsWith("@")
-  ? `@${name.slice(1).normalize("NFKC").toLowerCase().split("+").sort().join("+")}` : name;
+const keyOf = (name) => {
+  const normal = name.normalize("NFKC");
+  if (!name.startsWith("@")) return normal;
+  return `@${normal.slice(1).toUpperCase().toLowerCase().split("+").sort().join("+")}`;
+};
 
 const roomOf = (name) => {
   const key = keyOf(name);
   if (!rooms.has(key)) {
-    const read = kept(localStorage, `read.${me}.${key}`, 0);  // the last id that was seen
+    const read = kept(localStorage, `read.${me}.${epoch}.${key}`, 0);  // the last id that was seen
     rooms.set(key, {key, name, items: [], ids: new Set(), last: null, more: false,
       loading: false, read, unread: 0, here: new Set(), typing: new Map()});
   }
@@ -2809,7 +2819,7 @@ const markRead = () => {
   current.unread = 0;
   if (current.last > current.read) {
     current.read = current.last;
-    keep(localStorage, `read.${me}.${current.key}`, current.read);
+    keep(localStorage, `read.${me}.${epoch}.${current.key}`, current.read);
   }
 };
 
@@ -2818,19 +2828,20 @@ const openRoom = (name) => {
   current = roomOf(name);
   if (isNew) join(current);
   $("messageText").value = kept(localStorage, `draft.${me}.${current.key}`, "");
-  $("side").classList.remove("open");
-  $("menu").ariaExpanded = "false";
-  keep(localStorage, `rooms.${me}`, [...rooms.values()].map((room) => room.name));
+  openMenu(false);
+  const others = kept(localStorage, `rooms.${me}`, []).filter((one) => keyOf(one) !== current.key);
+  keep(localStorage, `rooms.${me}`, [...others, current.name]);
   showRoom();
 };
 
 const leaveRoom = () => {
   const left = current;
   transmit({type: "leave", room: left.name});
-  openRoom("lobby");
   rooms.delete(left.key);
-  keep(localStorage, `rooms.${me}`, [...rooms.values()].map((room) => room.name));
-  showSide();
+  const others = kept(localStorage, `rooms.${me}`, []).filter((one) => keyOf(one) !== left.key);
+  keep(localStorage, `rooms.${me}`, others);
+  openRoom("lobby");
+  $("messageText").focus();
 };
 
 // -- Showing ---------------------------------------------------------------------------------
@@ -2861,11 +2872,15 @@ const author = (user) => {
 };
 
 // The elements of a message or a notice, with the day before it if that is a new one.
-const elementsOf = (item, previous) => {
+const elementsOf = (item, index, items) => {
   if (item.notice) return [make("p", {className: "notice"}, item.notice)];
+  let before = index - 1;
+  while (items[before]?.notice) before -= 1;
+  const previous = items[before];
   const day = calendar.format(item.at * 1000);
   const sameDay = previous && calendar.format(previous.at * 1000) === day;
-  const grouped = sameDay && previous.user === item.user && item.at - previous.at < 300;
+  const grouped = sameDay && before === index - 1 && previous.user === item.user
+    && item.at - previous.at < 300;
   const message = make("article", {className: "message"});
   message.dataset.id = item.id;
   message.classList.toggle("mine", item.user === me);
@@ -2879,8 +2894,8 @@ const elementsOf = (item, previous) => {
 };
 
 const deleteButton = (item) => {
-  const button = make("button", {type: "button", className: "plain",
-    ariaLabel: `Delete "${item.text.slice(0, 40)}"`}, "Delete");
+  const label = `Delete "${item.text.slice(0, 40)}"`;
+  const button = make("button", {type: "button", className: "plain", ariaLabel: label}, "Delete");
   button.addEventListener("click", () => {
     if (button.dataset.asked) {
       act("DELETE", `rooms/${encodeURIComponent(item.room)}/messages/${item.id}`);
@@ -2891,20 +2906,27 @@ const deleteButton = (item) => {
   button.addEventListener("blur", () => {
     delete button.dataset.asked;
     button.textContent = "Delete";
+    button.ariaLabel = label;
   });
   return make("div", {className: "tools"}, button);
 };
 
+let lastTop = 0;  // where the log was scrolled to
 const toNewest = () => {
   $("chatLog").scrollTop = $("chatLog").scrollHeight;
+  lastTop = $("chatLog").scrollTop;
   $("newest").hidden = true;
 };
 
-let following = false;
-const follow = () => {  // once for all the events of a frame: to look how high they are costs time
-  if (!following) queueMicrotask(() => { following = false; if (stick) toNewest(); });
-  following = true;
+// Does something a little later, and once, however often it was asked for until then.
+const soon = (milliseconds, action) => {
+  let timer = 0;
+  return () => {
+    timer ||= setTimeout(() => { timer = 0; action(); }, milliseconds);
+  };
 };
+
+const follow = soon(16, () => { if (stick) toNewest(); });  // to measure the log takes time
 
 // Shows the whole room again; what was in view stays there. A screen reader hears only news.
 const showMessages = () => {
@@ -2913,25 +2935,26 @@ const showMessages = () => {
   const inView = [...$("messages").children].find((one) =>
     one.dataset.id && one.getBoundingClientRect().bottom > log.getBoundingClientRect().top);
   const bottom = inView?.getBoundingClientRect().bottom;
+  const focused = $("messages").contains(document.activeElement);
   log.ariaLive = "off";
-  $("messages").replaceChildren(
-    ...items.flatMap((item, index) => elementsOf(item, items[index - 1])));
+  $("messages").replaceChildren(...items.flatMap(elementsOf));
+  if (focused) log.focus();
   const again = inView && $("messages").querySelector(`[data-id="${inView.dataset.id}"]`);
   if (stick) toNewest();
   else if (again) log.scrollTop += again.getBoundingClientRect().bottom - bottom;
   setTimeout(() => { log.ariaLive = "polite"; });
+  loadOlder();
 };
 
 const showItem = (room, item) => {
-  const previous = room.items.at(-1);
   room.items.push(item);
   if (room.items.length > 1000 && (stick || room !== current)) {
     room.items.splice(0, 200).forEach(({id}) => room.ids.delete(id));
     room.more = true;
-    if (room === current) showMessages();
+    if (room === current) return showMessages();
   }
   if (room !== current) return;
-  $("messages").append(...elementsOf(item, previous));
+  $("messages").append(...elementsOf(item, room.items.length - 1, room.items));
   follow();
   if (!stick && !item.notice) {
     $("newest").hidden = false;
@@ -2945,14 +2968,14 @@ const note = (notice, room = current) => {
 
 const showTyping = () => {
   const names = [...current.typing.keys()];
-  $("typing").textContent = names.length ? `${names.slice(0, 3).join(", ")} typing ...` : "";
+  $("typing").textContent = names.length ? `Typing: ${names.join(", ")}` : "";
 };
 
 const showRoom = () => {
   stick = true;
   const isPrivate = current.name.startsWith("@");
   $("roomName").textContent = isPrivate ? `Private: ${titleOf(current)}` : current.name;
-  $("leave").hidden = current.key === "lobby" || isPrivate;
+  $("leave").hidden = current.key === "lobby";
   markRead();
   showMessages();
   showPending();
@@ -2960,48 +2983,49 @@ const showRoom = () => {
   showSide();
 };
 
-// Fills a list anew without taking the focus from who is in it.
+// Shows items, {key, text, extra, unread, isCurrent, action}, in a list. Elements are used again:
+// a new one would take the focus, or half a click, from whoever is on it.
 const fill = (list, items) => {
-  const focused = list.contains(document.activeElement) && document.activeElement.dataset.key;
-  list.replaceChildren(...items.map((item) => make("li", {}, item)));
-  if (focused) list.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
+  const old = new Map([...list.children].map((one) => [one.dataset.key, one]));
+  const wanted = items.map((item) => {
+    const {key, text, extra = "", unread = 0, isCurrent = false, action} = item;
+    const one = old.get(key) ?? make("li", {}, make("button", {type: "button"},
+      make("span", {dir: "auto"}), make("small")));
+    const [button] = one.children;
+    const [name, small] = button.children;
+    one.dataset.key = key;
+    button.onclick = action;
+    button.ariaCurrent = isCurrent ? "true" : null;
+    button.title = name.textContent = text;
+    small.textContent = unread || extra;
+    small.className = unread ? "unread" : "";
+    small.ariaLabel = unread ? `${unread} unread` : null;
+    return one;
+  });
+  const same = wanted.length === list.children.length
+    && wanted.every((one, index) => one === list.children[index]);
+  if (same) return;
+  const focused = document.activeElement;
+  list.replaceChildren(...wanted);
+  if (list.contains(focused)) focused.focus();
 };
 
-const sideButton = (key, text, extra, action) => {
-  const button = make("button", {type: "button", title: text});
-  button.append(make("span", {dir: "auto"}, text), extra);
-  button.dataset.key = key;
-  button.addEventListener("click", action);
-  return button;
-};
-
-const roomButton = (room) => {
-  const extra = room.unread
-    ? make("small", {className: "unread", ariaLabel: `${room.unread} unread`}, room.unread)
-    : make("small", {}, room.here.size || "");
-  const button = sideButton(room.key, titleOf(room), extra, () => openRoom(room.name));
-  if (room === current) button.ariaCurrent = "true";
-  return button;
+const roomItem = (room) => {
+  const failed = [...outbox.values()].some((one) => one.problem && keyOf(one.room) === room.key);
+  return {key: room.key, text: titleOf(room), extra: failed ? "not sent" : room.here.size || "",
+    unread: room.unread, isCurrent: room === current, action: () => openRoom(room.name)};
 };
 
 const icon = (fill) => `data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' `
   + `viewBox='0 0 16 16'><circle cx='8' cy='8' r='7' fill='${fill}'/></svg>`;
 
-// Does something a little later, and once, however often it was asked for until then.
-const soon = (milliseconds, action) => {
-  let timer = 0;
-  return () => {
-    timer ||= setTimeout(() => { timer = 0; action(); }, milliseconds);
-  };
-};
-
 const showSide = soon(30, () => {
   markRead();
   const byName = [...rooms.values()].sort((a, b) => titleOf(a).localeCompare(titleOf(b)));
-  fill($("rooms"), byName.filter((room) => !room.name.startsWith("@")).map(roomButton));
-  fill($("private"), byName.filter((room) => room.name.startsWith("@")).map(roomButton));
-  fill($("people"), [...roles].map(([user, role]) => sideButton(user, user,
-    make("small", {}, role === "member" ? "" : role), () => showPerson(user))));
+  fill($("rooms"), byName.filter((room) => !room.name.startsWith("@")).map(roomItem));
+  fill($("private"), byName.filter((room) => room.name.startsWith("@")).map(roomItem));
+  fill($("people"), [...roles].map(([user, role]) => ({key: user, text: user,
+    extra: role === "member" ? "" : role, action: () => showPerson(user)})));
   const unread = byName.reduce((sum, room) => sum + room.unread, 0);
   document.title = unread ? `(${unread}) Lobby` : "Lobby";
   $("icon").href = icon(unread ? "crimson" : "royalblue");
@@ -3018,6 +3042,7 @@ const loadOutbox = () => {
   const names = Object.keys(localStorage).filter((name) => name.startsWith(prefix));
   const found = names.map((name) => kept(localStorage, name.slice("lobby.".length)));
   for (const item of [...outbox.values(), ...found]) if (item) outbox.set(item.mid, item);
+  for (const item of outbox.values()) roomOf(item.room);  // to be seen somewhere
   outbox = new Map([...outbox].sort(([, a], [, b]) => a.at - b.at));
   sending = null;
 };
@@ -3062,7 +3087,12 @@ const showPending = () => {
     const state = make("p", {className: "state"}, words);
     if (item.problem) {
       const again = make("button", {type: "button", className: "plain"}, "try again");
-      again.addEventListener("click", () => { delete item.problem; showPending(); sendNext(); });
+      again.addEventListener("click", () => {
+        delete item.problem;
+        keep(localStorage, `outbox.${me}.${item.mid}`, item);
+        showPending();
+        sendNext();
+      });
       const drop = make("button", {type: "button", className: "plain"}, "discard");
       drop.addEventListener("click", () => settle(item.mid));
       state.append(again, drop);
@@ -3104,7 +3134,7 @@ const hearHistory = (room, event) => {
   if (!event.complete) {
     Object.assign(room, {items: [], ids: new Set(), last: null});
     $("messages").replaceChildren(...(room === current ? [] : $("messages").childNodes));
-    note("More was written than is shown here: scroll up for it.", room);
+    if (event.more) note("More was written than is shown here: scroll up for it.", room);
   }
   if (room.last === null || !event.complete) room.more = event.more;
   for (const message of event.messages) hearMessage(room, message);
@@ -3112,7 +3142,10 @@ const hearHistory = (room, event) => {
 
 const hear = (event) => {
   const isOpen = !event.room || event.room.startsWith("@") || rooms.has(event.room);
-  if (!isOpen) return;  // it was left meanwhile
+  if (!isOpen) {  // it was left meanwhile
+    if (event.type === "message" && event.user === me) settle(event.mid);
+    return;
+  }
   const room = event.room ? roomOf(event.room) : current;
   if (event.room && room.name !== event.room) {  // as the server spells it
     room.name = event.room;
@@ -3132,6 +3165,7 @@ const hear = (event) => {
 };
 
 const hearDeleted = (room, id) => {
+  if (room.unread && id > room.read) room.unread -= 1;
   room.items = room.items.filter((item) => item.id !== id);
   if (room === current) showMessages();
 };
@@ -3169,17 +3203,26 @@ const welcome = async (event) => {
   if (epoch !== event.epoch) rooms.clear();  // another database: its ids mean nothing here
   epoch = event.epoch;
   current = roomOf(current?.name ?? "lobby");
+  loadOutbox();
   const names = ["lobby", ...kept(localStorage, `rooms.${me}`, []), ...event.rooms];
   for (const room of new Set([...names.map(roomOf), ...rooms.values()])) {
-    if (room !== current) join(room);
+    if (room.key !== asked) join(room);
   }
-  loadOutbox();
-  openRoom(current.name);
+  if ($("app").hidden) {
+    show("app");
+    openRoom(current.name);
+    $("messageText").focus();
+  } else {  // connected again: what the reader looks at and writes stays as it is
+    showMessages();
+    showPending();
+    showSide();
+  }
   sendNext();
 };
 
 // Who is online, and what they may do; asked for once after many have come or gone.
 const lookAround = soon(300, async () => {
+  if (!token) return;
   try {
     const before = roles.get(me);
     roles = new Map((await api("GET", "users")).map(({username, role}) => [username, role]));
@@ -3196,6 +3239,7 @@ let socket = null;
 let epoch = null;
 let retries = 0;     // failed connections in a row
 let retryTimer = 0;
+let asked = "";      // the key of the room that the socket's URL names
 
 const transmit = (event) => {
   if (socket?.readyState === WebSocket.OPEN) sendFrame(socket, JSON.stringify(event));
@@ -3208,7 +3252,8 @@ const join = (room) => {
 
 const status = (state, more = "") => {
   $("status").dataset.state = state;
-  $("status").textContent = state + more;
+  if ($("state").textContent !== state) $("state").textContent = state;  // is read aloud
+  $("more").textContent = more;  // is not, since it changes every second
   // This is seen while the chat is not.
   $("problem").textContent = state === "connected" ? "" : state + more;
 };
@@ -3218,15 +3263,19 @@ const connect = () => {
   const url = socketUrl("ws/chat");
   const room = current ?? {name: "lobby"};
   room.loading = false;
+  asked = keyOf(room.name);
   url.search = new URLSearchParams({room: room.name, ...(room.last && {after: room.last, epoch})});
   status("connecting");
+  const old = socket;
+  socket = null;
+  old?.close();
   try {
     socket = openSocket(url, ["lobby.v1", `bearer.${token}`]);
   } catch {
     return refuse("This is no token.");
   }
   const opened = socket;
-  socket.onopen = () => { status("connected"); show("app"); };
+  socket.onopen = () => status("connected");
   socket.onmessage = ({data}) => {
     if (socket !== opened) return;
     retries = 0;
@@ -3255,16 +3304,26 @@ const disconnected = (reason = "") => {
   tick();
 };
 
+// Back to the log-in. Nothing of this person stays for the next one to see.
 const refuse = (reason) => {
+  const old = socket;
   socket = null;
+  old?.close();
+  clearTimeout(answerTimer);
+  clearTimeout(retryTimer);
+  entries = [];
+  $("messageText").value = "";
+  for (const id of ["messages", "pending", "frames"]) $(id).replaceChildren();
+  $("person").close("");
   token = "";
   keep(sessionStorage, "token", null);
   $("problem").textContent = reason;
-  for (const kind of [rooms, roles, outbox]) kind.clear();  // the next person's are others
+  for (const kind of [rooms, roles, outbox]) kind.clear();
   current = epoch = null;
   me = "";
   document.title = "Lobby";
   show("access");
+  $("username").focus();
 };
 
 const show = (view) => {
@@ -3284,8 +3343,11 @@ const enter = (given) => {
   connect();
 };
 
+let entering = false;  // one log-in at a time, however often the button is pressed
 $("credentials").addEventListener("submit", async (event) => {
   event.preventDefault();
+  if (entering) return;
+  entering = true;
   const credentials = {username: $("username").value, password: $("password").value};
   for (const field of ["username", "password"]) {
     $(`${field}Problem`).textContent = "";
@@ -3299,13 +3361,17 @@ $("credentials").addEventListener("submit", async (event) => {
     $(field ? `${field}Problem` : "problem").textContent = error.message;
     if (field) { $(field).ariaInvalid = "true"; $(field).focus(); }
   }
+  entering = false;
 });
 
 $("pasted").addEventListener("submit", (event) => {
   event.preventDefault();
   enter($("token").value.trim());
 });
-$("logOut").addEventListener("click", () => act("POST", "logout"));
+$("logOut").addEventListener("click", async () => {
+  await act("POST", "logout");
+  if (token) refuse("Logged out");  // also when the server cannot be asked
+});
 
 // Does something over HTTP, and says in the room what came of it.
 const act = async (method, path, json = undefined, done = "") => {
@@ -3320,6 +3386,7 @@ const HELP = `/msg bob hi  says hi to bob alone
 /join tea    opens a room
 /who         who is here`;
 
+// Does what a line says that begins with "/". False: it is not understood.
 const command = (text) => {
   const [, name, rest] = text.match(/^(\S+)\s*([^]*)$/);
   const [, user, words] = rest.match(/^(\S*)\s*([^]*)$/);
@@ -3327,16 +3394,19 @@ const command = (text) => {
   else if (name === "/join" && user) openRoom(user);
   else if (name === "/who") note(`Here: ${[...current.here].sort().join(", ")}`);
   else if (name === "/help") note(HELP);
-  else return note("Error: unknown command; /help lists them");
+  else return false;
+  return true;
 };
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = $("messageText").value.trim();
   if (!text || !current) return;
-  $("messageText").value = "";
-  keep(localStorage, `draft.${me}.${current.key}`, null);
-  if (text.startsWith("/")) command(text); else post(current, text);
+  const room = current;
+  if (!text.startsWith("/")) post(current, text);
+  else if (!command(text)) return note("Error: unknown command; /help lists them");
+  if (current === room) $("messageText").value = "";
+  keep(localStorage, `draft.${me}.${room.key}`, null);
 });
 
 $("messageText").addEventListener("keydown", (event) => {
@@ -3356,20 +3426,27 @@ $("messageText").addEventListener("input", ({target}) => {
 });
 
 $("chatLog").addEventListener("scroll", ({target}) => {
-  stick = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
+  const below = target.scrollHeight - target.scrollTop - target.clientHeight;
+  if (below < 40) stick = true;
+  else if (target.scrollTop < lastTop) stick = false;  // what comes below is no scrolling up
+  lastTop = target.scrollTop;
   if (stick) $("newest").hidden = true;
   else if ($("newest").hidden) {
     $("newest").textContent = "Jump to the newest";
-    $("newest").hidden = target.scrollHeight - target.scrollTop - target.clientHeight < 400;
+    $("newest").hidden = below < 400;
   }
+  loadOlder();
+});
+
+const loadOlder = () => {
   const oldest = current?.items.find((item) => item.id);
-  if (target.scrollTop < 200 && current?.more && !current.loading && oldest) {
+  if ($("chatLog").scrollTop < 200 && current?.more && !current.loading && oldest) {
     current.loading = true;
     transmit({type: "history", room: current.name, before: oldest.id});
   }
-});
+};
 
-new ResizeObserver(() => { if (stick) toNewest(); }).observe($("chatLog"));
+new ResizeObserver(() => { follow(); loadOlder(); }).observe($("chatLog"));
 $("newest").addEventListener("click", () => {
   stick = true;
   toNewest();
@@ -3382,9 +3459,21 @@ $("joinRoom").addEventListener("submit", (event) => {
   $("roomToJoin").value = "";
   if (name) openRoom(name);
 });
-$("menu").addEventListener("click", () => {
-  $("menu").ariaExpanded = String($("side").classList.toggle("open"));
+const openMenu = (open) => {
+  const hadFocus = $("side").contains(document.activeElement);
+  $("side").classList.toggle("open", open);
+  $("menu").ariaExpanded = String(open);
+  if (open) $("side").querySelector("button").focus();
+  else if (hadFocus && $("menu").offsetParent) $("menu").focus();
+};
+$("menu").addEventListener("click", () => openMenu(!$("side").classList.contains("open")));
+$("chatLog").addEventListener("click", () => openMenu(false));
+document.addEventListener("keydown", ({key}) => {
+  if (key !== "Escape") return;
+  openMenu(false);
+  if ($("wire").contains(document.activeElement)) closeWire();
 });
+addEventListener("focus", lookAround);  // a role may have changed meanwhile
 document.addEventListener("visibilitychange", () => { markRead(); showSide(); });
 
 const showPerson = (user) => {
@@ -3403,6 +3492,7 @@ $("person").addEventListener("close", () => {
   const path = `users/${encodeURIComponent(user)}`;
   const action = $("person").returnValue;
   const role = $("newRole").value;
+  if (!current) return;
   if (action === "message") openRoom(privateWith(user));
   else if (action === "role") act("PUT", `${path}/role`, {role}, `${user}: ${role}`);
   else if (action) act("POST", `${path}/${action}`, undefined, `${user}: ${action}`);
@@ -3416,7 +3506,8 @@ const toggleWire = () => {
   if (!$("wire").hidden) showWire();
 };
 $("wireButton").addEventListener("click", toggleWire);
-$("closeWire").addEventListener("click", () => { toggleWire(); $("wireButton").focus(); });
+const closeWire = () => { toggleWire(); $("wireButton").focus(); };
+$("closeWire").addEventListener("click", closeWire);
 $("filter").addEventListener("input", showWire);
 $("clear").addEventListener("click", () => { entries = []; showWire(); });
 $("pause").addEventListener("click", () => {
@@ -3463,8 +3554,11 @@ $("request").addEventListener("submit", async (event) => {
     const path = `inspect/${form.path.value}${form.query.value && `?${form.query.value}`}`;
     const answer = await request(form.method.value, path, headers, body);
     $("sent").textContent = answer.sent;
-    $("seen").textContent = pretty(answer.text);
-  } catch (error) { $("seen").textContent = error.message; }
+    $("seen").textContent = hideSecrets(pretty(answer.text));
+  } catch (error) {
+    $("sent").textContent = "nothing";
+    $("seen").textContent = error.message;
+  }
 });
 
 let tried = null;  // the socket that the form talks to

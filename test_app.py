@@ -2312,7 +2312,7 @@ def test_two_people_chat_in_their_browsers(
     assert link.get_attribute("href") == "https://example.org/a?b=c"
     assert "noopener" in link.get_attribute("rel")
     two.press("#messageText", "h")
-    one.locator("#typing", has_text="user2 typing").wait_for()
+    one.locator("#typing", has_text="Typing: user2").wait_for()
     write(two, "hello")
     shown(one, "hello").wait_for()
     one.locator("#typing:empty").wait_for(state="attached")
@@ -2482,6 +2482,75 @@ def test_two_tabs_of_one_person_work_side_by_side(
             shown(page, f"two {n}").wait_for()
     assert one.locator("#pending .message").count() == two.locator("#pending .message").count() == 0
     assert len(stored_texts(server)) == 10
+
+
+def test_a_reconnect_leaves_the_reader_where_they_are(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve(rate="0")
+    author = server.chat(server.token("user2"))
+    for n in range(60):
+        author.say(f"text {n}.", f"m{n}")
+        author.next("message")
+    page = open_page(server, "user1")
+    page.locator("#chatLog").hover()
+    page.mouse.wheel(0, -500)
+    scrolled = "() => document.getElementById('chatLog').scrollTop"
+    page.locator("#newest", has_text="Jump to the newest").wait_for()
+    before = page.evaluate(scrolled)
+    page.fill("#messageText", "half a sentence")
+    server.stop(signal.SIGKILL)
+    page.locator("#status", has_text="reconnecting").wait_for()
+    serve(port=str(server.port))
+    page.get_by_text("connected", exact=True).wait_for()
+    page.locator("#frames").wait_for(state="attached")
+    assert abs(page.evaluate(scrolled) - before) < 3
+    assert page.input_value("#messageText") == "half a sentence"
+
+
+def test_nothing_of_one_person_is_left_for_the_next(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "", log_in=False)
+    page.fill("#username", "user1")
+    page.fill("#password", "password1")
+    page.dblclick("text=Log in")
+    write(page, "/msg user1 a note to myself")
+    shown(page, "a note to myself").wait_for()
+    page.fill("#messageText", "unsent")
+    page.click("text=Log out")
+    page.locator("#problem", has_text="Logged out").wait_for()
+    online = server.request("/users", Authorization=f"Bearer {server.token('admin')}")
+    assert online == []  # two clicks on "Log in" have not left a second socket behind
+    page.fill("#username", "user2")
+    page.fill("#password", "password2")
+    page.click("text=Log in")
+    page.get_by_text("connected", exact=True).wait_for()
+    page.click("#wireButton")
+    page.locator("#frames summary").first.wait_for()
+    assert "user1" not in page.locator("#frames").inner_text()
+    assert "note" not in page.inner_text("body")
+    assert page.input_value("#messageText") == ""
+    assert page.locator("#private button").count() == 0
+
+
+def test_a_busy_room_is_shown_whole_and_once(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve(rate="0")
+    page = open_page(server, "user1")
+    author = server.chat(server.token("user2"))
+    for first in range(0, 1050, 50):
+        for n in range(first, first + 50):
+            author.say(f"text {n}.", f"m{n}")
+        while author.next("message")["mid"] != f"m{first + 49}":
+            pass
+    shown(page, "text 1049.").wait_for()
+    texts = page.locator("#messages .text").all_inner_texts()
+    assert texts == [f"text {n}." for n in range(1050 - len(texts), 1050)]
+    assert 800 <= len(texts) <= 1000  # older ones come back on scrolling up
+    assert page.is_hidden("#newest")
 
 
 def test_what_is_refused_can_be_discarded_or_tried_again(
