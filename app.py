@@ -2549,6 +2549,7 @@ dialog::backdrop { background: #0006; }
 }
 @media (max-width: 700px) {
   #menu { display: block; }
+  #status { flex: none; max-width: 10rem; }
   #side { position: absolute; inset: 3.5rem auto 0 0; width: min(17rem, 85%); z-index: 2;
     box-shadow: 0 0 30px #0005; }
   #side:not(.open) { display: none; }
