@@ -1486,7 +1486,7 @@ ROLES = get_args(Role)
 
 
 def has_role(who: Identity | Person, role: Role) -> bool:
-    """Whether somebody is at least a ..."""
+    """Whether somebody has this role, or one that may do more."""
     return ROLES.index(who.role) >= ROLES.index(role)
 
 
@@ -1558,11 +1558,8 @@ async def ban(person: Target, storage: Database, tethers: Tethers) -> dict[str, 
     """Let somebody log in and send no more, and close their sockets."""
     if not await storage.set_banned(person.folded, True):
         raise HTTPException(409, "The last admin cannot be banned")
-    return {
-        "username": person.name,
-        "banned": True,
-        "sockets": end_sockets(tethers, person, "Banned"),
-    }
+    sockets = end_sockets(tethers, person, "Banned")
+    return {"username": person.name, "banned": True, "sockets": sockets}
 
 
 @app.post("/users/{username}/unban")
@@ -2193,8 +2190,9 @@ class ChatHandler:
         while True:
             frame = await receive_text(self.client.websocket)
             if self.client.encode is as_json:
-                for line in frame.split("\n"):
-                    await asyncio.sleep(0)  # thousands of lines may have come: as in `receive`
+                for number, line in enumerate(frame.split("\n")):
+                    if number:  # there may be thousands: let others go between, as in `receive`
+                        await asyncio.sleep(0)
                     await self.client.taken.wait()
                     await self.attempt(self.handle_json(line), line)
             else:

@@ -1294,6 +1294,15 @@ def test_a_log_keeps_a_window_and_says_what_it_forgot(monkeypatch: pytest.Monkey
         room.since(14)
 
 
+def test_long_texts_make_the_window_shorter() -> None:
+    room = lobby.Room("lobby")
+    for _ in range(100):
+        room.append([{"type": "message", "text": "x" * 40_000}])
+    assert 25 <= len(room.since(room.first)) <= 27  # a mebibyte
+    room.append([{"type": "message", "text": "x" * 2_000_000}])
+    assert len(room.since(room.first)) == 1  # whatever its size, the newest is there to be read
+
+
 def test_a_person_joins_and_leaves_once_however_many_sockets(client: TestClient) -> None:
     with chat(client, "user2") as watcher:
         with chat(client) as first:
@@ -1913,6 +1922,8 @@ def test_typing_is_announced_but_not_stored(client: TestClient) -> None:
             events.append(two.next())
         assert events[0] == {"type": "typing", "room": "lobby", "user": "user1"}
         assert 1 < len(events) < 10
+        one.send("typing", room="tea")  # where they are not
+        assert one.next("error")["code"] == "forbidden"
     assert texts_of(client) == ["done"]
 
 
@@ -1956,6 +1967,18 @@ def test_a_deleted_text_is_gone_from_the_disk(
     assert found()
     assert delete(client, id) == 204
     assert not found()
+
+
+def test_wiping_waits_for_another_program_that_reads(client: TestClient, database: Path) -> None:
+    id = post(client, "a secret that was told")
+    journal = database.with_name("chat.db-wal")
+    with closing(sqlite3.connect(database)) as backup:
+        backup.execute("BEGIN")
+        backup.execute("SELECT count(*) FROM messages").fetchone()
+        assert delete(client, id) == 204
+        assert b"a secret" in journal.read_bytes()  # which the other program may need
+    post(client, "the next message")
+    assert b"a secret" not in journal.read_bytes() + database.read_bytes()
 
 
 def test_a_deleted_message_does_not_come_back_by_a_resend(client: TestClient) -> None:
