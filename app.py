@@ -3136,7 +3136,12 @@ const hearHistory = (room, event) => {
     if (event.more) note("More was written than is shown here: scroll up for it.", room);
   }
   if (room.last === null || !event.complete) room.more = event.more;
+  // A private message may have come before the history that it belongs to.
+  const late = event.messages.some(({id}) => id < room.last && !room.ids.has(id));
   for (const message of event.messages) hearMessage(room, message);
+  if (!late) return;
+  room.items.sort((a, b) => a.at - b.at || a.id - b.id);
+  if (room === current) showMessages();
 };
 
 const hear = (event) => {
