@@ -29,8 +29,9 @@ The file is meant to be read from top to bottom; each chapter has one idea.
 
 The words used throughout:
 
-    person   somebody with a name and a password; may have many sockets open at once
-    room     a named conversation; its past is in the database, its newest part in memory
+    person   somebody with a name, a password and a role; may have many sockets open at once
+    room     a named conversation; its past is in the database, its newest part in memory;
+             @alice+bob is the private one of these two
     event    a JSON object with a "type": what sockets send and receive
     message  an event that is stored, and so has an id; ids grow in the order of storing
     notice   an event that is only announced: somebody joined, left, or is typing
@@ -2925,7 +2926,10 @@ const soon = (milliseconds, action) => {
   };
 };
 
-const follow = soon(16, () => { if (stick) toNewest(); });  // to measure the log takes time
+const follow = soon(16, () => {  // not for each event: to measure the log takes time
+  if (stick) toNewest();
+  loadOlder();
+});
 
 // Shows the whole room again; what was in view stays there. A screen reader hears only news.
 const showMessages = () => {
@@ -3135,9 +3139,9 @@ const hearHistory = (room, event) => {
     $("messages").replaceChildren(...(room === current ? [] : $("messages").childNodes));
     if (event.more) note("More was written than is shown here: scroll up for it.", room);
   }
-  if (room.last === null || !event.complete) room.more = event.more;
   // A private message may have come before the history that it belongs to.
   const late = event.messages.some(({id}) => id < room.last && !room.ids.has(id));
+  if (room.last === null || late) room.more = event.more;
   for (const message of event.messages) hearMessage(room, message);
   if (!late) return;
   room.items.sort((a, b) => a.at - b.at || a.id - b.id);
@@ -3450,7 +3454,7 @@ const loadOlder = () => {
   }
 };
 
-new ResizeObserver(() => { follow(); loadOlder(); }).observe($("chatLog"));
+new ResizeObserver(follow).observe($("chatLog"));
 $("newest").addEventListener("click", () => {
   stick = true;
   toNewest();
