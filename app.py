@@ -12,34 +12,33 @@
     python app.py            then open http://127.0.0.1:8000 and log in as user1 / password1
     pytest test_app.py
 
-The file is meant to be read from top to bottom; each chapter has one idea.
+It is meant to be read from top to bottom: the easy comes first, and each chapter has one
+idea. Chapters 1 to 4, copied out with the imports above them, are a program that runs.
 
-     1  Settings              what can be changed without touching the code
-     2  Storage               the only SQL: one thread owns the database
-     3  The application       what starts, what ends, what wraps every request
-     4  Looking at a request  everything ``Request`` can tell, and four ways to read a body
-     5  Talking over a socket from one echo to a reader and a writer side by side
-     6  Sessions              context made over HTTP and carried into a socket
-     7  Knowing a user        passwords, tokens, and who is asking
+     1  The application       what wraps every request, and how every error becomes an answer
+     2  Looking at a request  everything ``Request`` can tell, and four ways to read a body
+     3  Talking over a socket from one echo to a reader and a writer side by side
+     4  Sessions              context made over HTTP and carried into a socket
+     5  Settings              what can be changed without touching the code
+     6  Storage               the only SQL: reading is a call, changing is one transaction
+     7  Knowing a user        passwords, log-ins, tokens, and who is asking
      8  Roles                 what somebody may do, and how others are stopped
      9  Rooms                 a room is a log, a client is a set of cursors into logs
     10  The chat              its events, its socket and its HTTP routes
-    11  The page              HTML, CSS and JavaScript in one constant
-    12  Serving               ``python app.py``
+    11  Serving               what starts and what ends, and ``python app.py``
+    12  The page              HTML, CSS and JavaScript in one constant
 
 The words used throughout:
 
-    person   somebody with a name, a password and a role; may have many sockets open at once
-    room     a named conversation; its past is in the database, its newest part in memory;
-             @alice+bob is the private one of these two
-    event    a JSON object with a "type": what sockets send and receive
+    person   somebody with a name, a password and a role; ``me`` is the one who asks
+    log-in   a row that says that a password was right; each token names one by its ``sid``
+    room     a named conversation; @alice+bob is the private one of these two
+    change   what somebody wants done: to send, to delete, to log in, to ban; it is *posted*
+    event    what it becomes: a JSON object with a "type", as sockets receive it
     message  an event that is stored, and so has an id; ids grow in the order of storing
     notice   an event that is only announced: somebody joined, left, or is typing
     mid      the sender's own id for a message, by which a repeated sending is recognised
-    batch    events that entered a room's log together
-    client   one open chat socket: who holds it, and how far it has read each of its rooms
-    cursor   that position: the number of the next batch to read
-    tether   by which an open socket is ended from elsewhere
+    client   one open chat socket; a cursor says how far it has read a room's log
     epoch    the name of one database's history, so that ids of another are not mistaken for ours
 """
 
@@ -49,7 +48,6 @@ import asyncio
 import base64
 import functools
 import hashlib
-import hmac
 import itertools
 import json
 import logging
@@ -61,568 +59,83 @@ import socket
 import sqlite3
 import time
 import unicodedata
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-    Sequence,
-)
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jwt
 import uvicorn
-from fastapi import (
-    Depends,
-    FastAPI,
-    HTTPException,
-    Query,
-    Request,
-    Response,
-    WebSocket,
-    WebSocketDisconnect,
-    WebSocketException,
-)
-from fastapi.exceptions import RequestValidationError
+from fastapi import Body, Depends, FastAPI, HTTPException, Query, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError, WebSocketException
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError, from_json
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError, ValidationError, from_json, to_json
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.datastructures import UploadFile as UploadedFile
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocketState
+from starlette.websockets import WebSocketDisconnect, WebSocketState
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.frames import Frame
+from websockets.frames import Frame, Opcode
 
 log = logging.getLogger("lobby")
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30  # bytes
-MAX_ID = 2**63 - 1  # the largest integer that SQLite holds
-
-# ======================================================================================
-# 1. Settings
-#
-# A program that reads the environment wherever it needs a value fails late and in odd
-# places. One model reads it all at the start, and refuses what it cannot use in one line
-# that names the variable.
-# ======================================================================================
 
 
-class StartError(Exception):
-    """Why Lobby cannot start, in one line that says what to change."""
+# 1. The application ===================================================================
+# Whatever is refused, by whichever chapter, is raised as one exception, and one table says
+# what that means for a request and for a socket. One middleware wraps everything: it gives
+# each request an id, times it, and survives its bugs. So no route has to answer for failures.
 
-
-def split_origins(value: str | frozenset[str]) -> frozenset[str]:
-    """Comma separated origins, with or without a slash at the end."""
-    parts = value.split(",") if isinstance(value, str) else value
-    return frozenset(part.strip().rstrip("/") for part in parts if part.strip())
-
-
-class Settings(BaseModel):
-    """All settings; the field ``port`` is the environment's ``CHAT_PORT``."""
-
-    model_config = ConfigDict(
-        alias_generator=lambda name: f"CHAT_{name.upper()}", validate_by_name=True
-    )
-
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)  # 0: any free one
-    db: Path = Path("chat.db")
-    secret: bytes | None = Field(None, min_length=32)  # RFC 7518, section 3.2
-    token_minutes: float = Field(60, gt=0, le=525_600)
-    origins: Annotated[frozenset[str], BeforeValidator(split_origins)] = frozenset()
-    demo_users: bool = True
-    rate: float = Field(10, ge=0, allow_inf_nan=False)  # messages a second; 0: no limit
-    sockets_per_user: int = Field(20, ge=0)  # 0: no limit
-
-    @classmethod
-    def from_environment(cls) -> Settings:
-        """Read the ``CHAT_...`` variables. Raises StartError for an unusable one."""
-        try:
-            settings = cls.model_validate(dict(os.environ))
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            given = "" if name == "CHAT_SECRET" else f"={first['input']!r}"
-            raise StartError(f"{name}{given}: {first['msg']}") from None
-        loopback = settings.host in ("127.0.0.1", "::1", "localhost")
-        if settings.demo_users and "demo_users" not in settings.model_fields_set and not loopback:
-            raise StartError(
-                f"CHAT_HOST={settings.host!r} can be reached from other machines, and the demo "
-                "people's passwords are public: set CHAT_DEMO_USERS to 0, or to 1 if you mean it"
-            )
-        return settings
-
-
-# ======================================================================================
-# 2. Storage
-#
-# SQLite calls block, and a blocked event loop freezes everybody. So one thread owns the
-# database, and every method here is awaited from the loop. A commit to disk (fsync) takes
-# milliseconds however many rows it has, so messages are stored many at a time: whoever
-# waits for the disk pays for one fsync, shared with all the others that wait.
-# ======================================================================================
-
-Event = dict[str, Any]
-
-# Each script brings a database from one version to the next; a new one is given all of them.
-MIGRATIONS = (
-    """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS people (
-    name     TEXT NOT NULL,
-    folded   TEXT PRIMARY KEY,  -- the name without regard to case: unique
-    password TEXT NOT NULL,
-    role     TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS messages (
-    id   INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice, even after a deletion
-    room TEXT NOT NULL,
-    user TEXT NOT NULL,
-    text TEXT NOT NULL,
-    at   INTEGER NOT NULL,  -- milliseconds since 1970, UTC
-    mid  TEXT,
-    UNIQUE (user, mid)
-);
-CREATE INDEX IF NOT EXISTS messages_of_room ON messages (room, id);
-CREATE TABLE IF NOT EXISTS revoked (jti TEXT PRIMARY KEY, exp REAL NOT NULL);
-""",
-    """
-ALTER TABLE people ADD COLUMN banned INTEGER NOT NULL DEFAULT 0;
--- A deleted message keeps its row, without the text, or a resend would bring it back.
-ALTER TABLE messages ADD COLUMN deleted INTEGER;  -- the newest id at that time
-CREATE INDEX deleted_of_room ON messages (room, deleted) WHERE deleted IS NOT NULL;
-CREATE TABLE conversations (person TEXT, room TEXT, PRIMARY KEY (person, room)) WITHOUT ROWID;
-CREATE TRIGGER start_conversation AFTER INSERT ON messages WHEN new.room LIKE '@%' BEGIN
-    INSERT OR IGNORE INTO conversations VALUES
-        (substr(new.room, 2, instr(new.room, '+') - 2), new.room),
-        (substr(new.room, instr(new.room, '+') + 1), new.room);
-END;
-""",
-)
-
-# One statement stores a whole batch. Python gives up its interpreter lock around each
-# SQLite call and, while the event loop is busy, waits up to 5 ms to get it back: a
-# hundred INSERTs would spend their time waiting, not writing.
-INSERT_MESSAGES = """
-INSERT INTO messages (id, room, user, text, at, mid)
-SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-       json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]')
-FROM json_each(?) WHERE true ON CONFLICT (user, mid) DO NOTHING
-"""
-
-# Jumps from one room's name to the next in the index; SELECT DISTINCT would read it all.
-SELECT_ROOMS = """
-WITH RECURSIVE names (room) AS (
-    SELECT min(room) FROM messages
-    UNION ALL
-    SELECT (SELECT min(room) FROM messages WHERE room > names.room)
-    FROM names WHERE room IS NOT NULL
-)
-SELECT room FROM names WHERE room NOT LIKE '@%'
-UNION SELECT room FROM conversations WHERE person = ?
-"""
-
-# Whoever is no admin, or not the only one who may log in.
-NOT_THE_LAST_ADMIN = """
-(role != 'admin' OR EXISTS (
-    SELECT 1 FROM people AS other
-    WHERE other.role = 'admin' AND NOT other.banned AND other.folded != people.folded))
-"""
-
-P = ParamSpec("P")
-T = TypeVar("T")
+app = FastAPI(title="Lobby")
+app.state.origins = frozenset()  # further origins whose pages may open sockets: chapter 5
+app.router.max_body_size = 1 * MIB  # as FastAPI's argument it would lie outside the middleware
+SANE_ID = re.compile(r"[\w.~+/=:-]{1,128}", re.ASCII)  # of a request, which its client may give
 
 
 class Refused(Exception):
-    """Why something was not done: a code of the chat's error event, and words for people."""
+    """Why something is not done; ``retry_after``: in how many seconds it may be, if ever."""
 
-    def __init__(self, code: str, message: str, **more: Any) -> None:
+    def __init__(self, code: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.event: Event = {"type": "error", "code": code, "message": message, **more}
+        self.code = code
+        self.retry_after = retry_after
 
 
-def in_database_thread(
-    method: Callable[Concatenate[Storage, P], T],
-) -> Callable[Concatenate[Storage, P], Coroutine[Any, Any, T]]:
-    """Make a method of Storage awaitable: it runs in the one thread that owns the database."""
-
-    async def call(self: Storage, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        work = functools.partial(method, self, *args, **kwargs)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.thread, work)
-        except Exception:
-            log.exception("the database failed in %s", method.__name__)
-            message = "The database failed, try again"
-            raise Refused("unavailable", message, retry_after=1) from None
-
-    return call
+# What each code is as an HTTP status, and as the code that closes a socket: 1008 is final
+# (RFC 6455, section 7.4.1), 1013 is "try again later" (IANA's registry of close codes).
+REFUSALS = {
+    "invalid": (422, 1008),
+    "too_long": (422, 1008),
+    "unauthorized": (401, 1008),
+    "forbidden": (403, 1008),
+    "unknown": (404, 1008),
+    "unknown_room": (404, 1008),
+    "conflict": (409, 1008),
+    "rate_limited": (429, 1013),
+    "unavailable": (503, 1013),
+}
 
 
-@dataclass(slots=True)
-class Draft:
-    """A message that waits to be stored; ``done(event, is_new)`` is called with its outcome.
-
-    The event is the message, or the error why there is none; ``is_new`` is False for an error
-    and for a repeated ``mid``.
-    """
-
-    room: str
-    user: str
-    text: str
-    mid: str | None
-    done: Callable[[Event, bool], None]
-
-
-class Person(NamedTuple):
-    """A row of ``people``; ``folded`` is the name without regard to case."""
-
-    name: str
-    folded: str
-    password: str
-    role: str
-    banned: bool
-
-
-def message_event(id: int, room: str, user: str, text: str, at: int, mid: str | None) -> Event:
-    """A row of ``messages`` as the event that sockets and HTTP clients get."""
-    event: Event = {"type": "message", "id": id, "room": room, "user": user, "text": text}
-    return event | {"at": at / 1000, "mid": mid}
-
-
-def size_of(event: Event) -> int:
-    """About how much memory an event takes, in characters of its text."""
-    return len(event.get("text", ""))
-
-
-BUSY_SECONDS = 5  # how long a transaction waits for another program that writes
-
-
-class Storage:
-    """Messages, people and revoked tokens, in one SQLite file.
-
-    All that another database would have to offer is here. When the database fails, every
-    async method raises Refused with the code ``unavailable``, and nothing has been stored.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open or make the file. Raises StartError if it cannot be used or is in use."""
-        path = Path(os.path.realpath(path))
-        self.resources = ExitStack()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="database")
-
-        def connect(file: str, timeout: float) -> sqlite3.Connection:
-            # isolation_level None: every statement is a transaction of its own
-            db = sqlite3.connect(
-                file, timeout=timeout, isolation_level=None, check_same_thread=False
-            )
-            return self.resources.enter_context(closing(db))
-
-        try:
-            # Rooms live in one process. A second one would announce its messages to
-            # nobody here, so it is kept out by a lock that ends with its holder.
-            connect(f"{path}.lock", 0).execute("BEGIN EXCLUSIVE")
-            path.touch(mode=0o600)  # password hashes are nobody else's business
-            self.db = connect(str(path), BUSY_SECONDS)
-            # FULL: a commit has reached the disk when it returns, power cut or not.
-            # secure_delete: what is deleted is overwritten, not only given free.
-            self.db.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;"
-            )
-            (version,) = self.db.execute("PRAGMA user_version").fetchone()
-            if version > len(MIGRATIONS):
-                raise sqlite3.DatabaseError("a newer Lobby has made it")
-            for number, script in enumerate(MIGRATIONS[version:], version + 1):
-                self.db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
-            self.db.execute(
-                "INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),)
-            )
-            (self.epoch,) = self.db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()
-            (self.last_id,) = self.db.execute(
-                "SELECT coalesce(max(seq), 0) FROM sqlite_sequence"
-            ).fetchone()
-            self.wiped = True  # the journal holds nothing that was deleted
-        except (sqlite3.Error, OSError) as error:
-            self.close()
-            in_use = "database is locked" in str(error)
-            problem = "another process is using it" if in_use else error
-            raise StartError(f"CHAT_DB={str(path)!r}: {problem}") from None
-
-    def close(self) -> None:
-        """Finish what is under way and let go of the file."""
-        self.thread.shutdown()
-        self.resources.close()
-
-    @in_database_thread
-    def append(self, drafts: Sequence[Draft]) -> list[tuple[Event, bool]]:
-        """Store all drafts, or none, in one durable transaction.
-
-        Answers each with its message and whether it is new: a (user, mid) that is stored
-        already is answered with the original message, or that it was deleted, and False.
-        """
-        at = time.time_ns() // 1_000_000
-        rows = [
-            (id, draft.room, draft.user, draft.text, at, draft.mid)
-            for id, draft in enumerate(drafts, self.last_id + 1)
-        ]
-        stored = self.db.execute(INSERT_MESSAGES, (json.dumps(rows),)).rowcount
-        self.last_id += len(rows)
-        if not self.wiped:
-            self._wipe()
-        if stored == len(rows):
-            return [(message_event(*row), True) for row in rows]
-        return [self._stored(*row) for row in rows]
-
-    def _stored(self, *row: Any) -> tuple[Event, bool]:
-        """What became of a row: itself, or the older message with the same user and mid."""
-        id, _, user, _, _, mid = row
-        *found, deleted = self.db.execute(
-            "SELECT id, room, user, text, at, mid, deleted FROM messages"
-            " WHERE id = ? OR (user = ? AND mid = ?)",
-            (id, user, mid),
-        ).fetchone()
-        if deleted is not None:
-            return Refused("forbidden", "This message was deleted").event, False
-        return message_event(*found), found[0] == id
-
-    def _page(
-        self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
-    ) -> tuple[list[Event], bool]:
-        order = "DESC" if after is None else "ASC"
-        rows = self.db.execute(
-            "SELECT id, room, user, text, at, mid FROM messages"
-            " WHERE room = ? AND id > ? AND id < ? AND deleted IS NULL"
-            f" ORDER BY id {order} LIMIT ?",
-            (room, after or 0, before, limit + 1),
-        ).fetchall()
-        page = [message_event(*row) for row in rows[:limit]]
-        return page if order == "ASC" else page[::-1], len(rows) > limit
-
-    @in_database_thread
-    def page(
-        self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
-    ) -> tuple[list[Event], bool]:
-        """Messages with ``after`` < id < ``before``, oldest first, and whether there are more.
-
-        At most ``limit``: the ones next to ``after`` if it is given, else next to ``before``.
-        """
-        return self._page(room, limit, before, after)
-
-    @in_database_thread
-    def since(self, room: str, after: int, limit: int, size: int) -> list[list[Event]] | None:
-        """The messages after this id, and what was deleted since then.
-
-        None if there are more than ``limit`` of either, or more characters than ``size``.
-        """
-        messages, more = self._page(room, limit, after=after)
-        deleted = self.db.execute(
-            "SELECT id FROM messages WHERE room = ? AND deleted >= ? AND id <= ? LIMIT ?",
-            (room, after, after, limit + 1),
-        ).fetchall()
-        if more or len(deleted) > limit or sum(map(size_of, messages)) > size:
-            return None
-        return [messages, [{"type": "deleted", "room": room, "id": id} for (id,) in deleted]]
-
-    @in_database_thread
-    def find_author(self, room: str, id: int) -> str | None:
-        """Who wrote this message, if there is one."""
-        query = "SELECT user FROM messages WHERE room = ? AND id = ? AND deleted IS NULL"
-        row = self.db.execute(query, (room, id)).fetchone()
-        return row and str(row[0])
-
-    @in_database_thread
-    def delete(self, id: int) -> bool:
-        """Wipe a message's text out of the file and of its journal; False if there is none."""
-        done = self.db.execute(
-            "UPDATE messages SET text = '', deleted = ? WHERE id = ? AND deleted IS NULL",
-            (self.last_id, id),
-        )
-        self._wipe()
-        return done.rowcount > 0
-
-    def _wipe(self) -> None:
-        """Empty the journal; while another program reads the database, that is put off."""
-        self.db.execute("PRAGMA busy_timeout = 0")
-        (in_use, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        self.db.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
-        self.wiped = not in_use
-
-    @in_database_thread
-    def rooms(self, person: str) -> list[str]:
-        """The names of the rooms that have messages, private conversations of others excepted."""
-        return [room for (room,) in self.db.execute(SELECT_ROOMS, (person,))]
-
-    @in_database_thread
-    def conversations(self, person: str) -> list[str]:
-        """The names of somebody's private conversations."""
-        query = "SELECT room FROM conversations WHERE person = ? ORDER BY room"
-        return [room for (room,) in self.db.execute(query, (person,))]
-
-    @in_database_thread
-    def find_person(self, folded: str) -> Person | None:
-        """The person whose name folds to this, if any."""
-        query = "SELECT name, folded, password, role, banned FROM people WHERE folded = ?"
-        row = self.db.execute(query, (folded,)).fetchone()
-        return row and Person(*row)
-
-    @in_database_thread
-    def roles(self, folded: Sequence[str]) -> dict[str, str]:
-        """The roles of these people by their names."""
-        query = "SELECT name, role FROM people WHERE folded IN (SELECT value FROM json_each(?))"
-        return dict(self.db.execute(query, (json.dumps(folded),)).fetchall())
-
-    @in_database_thread
-    def set_role(self, folded: str, role: str) -> bool:
-        """Give somebody a role; False, and nothing is changed, for the last admin."""
-        allowed = "true" if role == "admin" else NOT_THE_LAST_ADMIN
-        query = f"UPDATE people SET role = ? WHERE folded = ? AND {allowed}"
-        return self.db.execute(query, (role, folded)).rowcount > 0
-
-    @in_database_thread
-    def set_banned(self, folded: str, banned: bool) -> bool:
-        """Ban somebody or let them in again; False, and nothing is changed, for the last admin."""
-        allowed = NOT_THE_LAST_ADMIN if banned else "true"
-        query = f"UPDATE people SET banned = ? WHERE folded = ? AND {allowed}"
-        return self.db.execute(query, (banned, folded)).rowcount > 0
-
-    @in_database_thread
-    def add_person(self, folded: str, name: str, password: str, role: str | None = None) -> str:
-        """Store a new person and answer their role; "" and nothing stored if the name is taken.
-
-        Without a role, the first person becomes the admin, since somebody has to be.
-        """
-        if role is None:
-            role = "member" if self.db.execute("SELECT 1 FROM people").fetchone() else "admin"
-        query = "INSERT INTO people (folded, name, password, role) VALUES (?, ?, ?, ?)"
-        try:
-            self.db.execute(query, (folded, name, password, role))
-        except sqlite3.IntegrityError:
-            return ""
-        return role
-
-    @in_database_thread
-    def count_people(self) -> int:
-        """How many people there are."""
-        return int(self.db.execute("SELECT count(*) FROM people").fetchone()[0])
-
-    @in_database_thread
-    def revoke(self, jti: str, exp: float) -> None:
-        """Remember until ``exp`` (seconds since 1970) that this token is refused."""
-        self.db.execute("DELETE FROM revoked WHERE exp < ?", (time.time(),))
-        self.db.execute("INSERT OR IGNORE INTO revoked VALUES (?, ?)", (jti, exp))
-
-    @in_database_thread
-    def is_revoked(self, jti: str) -> bool:
-        """Whether this token was logged out."""
-        query = "SELECT 1 FROM revoked WHERE jti = ?"
-        return self.db.execute(query, (jti,)).fetchone() is not None
-
-
-# ======================================================================================
-# 3. The application
-#
-# Importing this file opens nothing: files and tasks start in the lifespan, and end there
-# too. What is shared hangs on `app.state`, and routes ask for it by a dependency, so that
-# each test, and each start, gets its own. (What it opens, the chapters below explain.)
-#
-# One middleware wraps everything. Where every route may fail, the answer to failures
-# belongs there too: a route that raises Refused, or has a bug, is answered in one place.
-# ======================================================================================
-
-
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open what the chapters below need, serve, and close it in the reverse order."""
-    settings = Settings.from_environment()
-    storage = Storage(settings.db)
-    try:
-        app.state.settings = settings
-        app.state.storage = storage
-        app.state.sessions = Sessions()
-        app.state.tokens = Tokens(settings)
-        app.state.tethers = set()
-        app.state.manager = ConnectionManager(storage, settings)
-        if settings.demo_users and not await storage.count_people():
-            await add_demo_people(storage)
-        committer = asyncio.create_task(app.state.manager.commit_forever())
-        try:
-            yield
-        finally:
-            app.state.manager.stop()
-            await committer
-    finally:
-        storage.close()
-
-
-class RequestContextMiddleware:
-    """Wraps every request and every socket: ids and times them, and survives their bugs.
-
-    A pure ASGI middleware sees sockets too, and costs next to nothing; BaseHTTPMiddleware
-    passes sockets by, and more than halves the requests a second.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
-        started = time.perf_counter()
-        given = Headers(scope=scope)
-        request_id = given.get("x-request-id", "")
-        if not re.fullmatch(r"[\w.~+/=:-]{1,128}", request_id, re.ASCII):
-            request_id = secrets.token_hex(8)
-        scope.setdefault("state", {})["request_id"] = request_id
-        # FastAPI answers a Content-Length over the limit in plain text. Without that header
-        # it counts the bytes as they come, and raises what `too_large` below answers.
-        length = given.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > 1 * MIB:
-            scope["headers"] = [item for item in given.raw if item[0] != b"content-length"]
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] in ("http.response.start", "websocket.accept"):
-                headers = MutableHeaders(raw=list(message.get("headers", ())))
-                headers["X-Custom-Header"] = "Custom Value"
-                headers["X-Request-ID"] = request_id
-                headers["X-Process-Time"] = f"{time.perf_counter() - started:.6f}"
-                message["headers"] = headers.raw
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_with_headers)
-        except (ClientDisconnect, ClientDisconnected, WebSocketDisconnect):
-            pass  # they left, and nothing is left to do
-        except Exception:
-            log.exception("unexpected error in %s %r", scope["type"], scope["path"])
-            with suppress(Exception):  # it may have been answered or closed already
-                if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": 1011})
-                else:
-                    answer = JSONResponse({"detail": "Internal Server Error"}, 500)
-                    await answer(scope, receive, send_with_headers)
-
-
-app = FastAPI(title="Lobby", lifespan=lifespan)
-app.router.max_body_size = 1 * MIB  # as FastAPI's argument it would lie outside the middleware
-app.add_middleware(RequestContextMiddleware)
+@app.exception_handler(Refused)
+async def refused(connection: Request | WebSocket, error: Refused) -> Response | None:
+    status, code = REFUSALS[error.code]
+    if isinstance(connection, WebSocket):
+        await close_socket(connection, WebSocketException(code, str(error)))
+        return None
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}  # RFC 6750, section 3
+    if error.retry_after:
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
+    return JSONResponse({"detail": str(error)}, status, headers)
 
 
 @app.exception_handler(RequestValidationError)
@@ -639,42 +152,81 @@ async def too_large(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse({"detail": f"The body is larger than {limit:,} bytes"}, 413)
 
 
-STATUS = {"rate_limited": 429, "forbidden": 403, "unknown_room": 404, "unavailable": 503}
+@app.exception_handler(WebSocketException)
+async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
+    """Close a socket so that its client sees why: one that is not accepted is a bare 1006."""
+    log.info("closed %r: %d %s", websocket.url.path, error.code, error.reason)
+    if websocket.application_state is WebSocketState.CONNECTING:
+        await websocket.accept()
+    if websocket.application_state is WebSocketState.CONNECTED:
+        with suppress(TimeoutError):  # it may not read
+            await asyncio.wait_for(websocket.close(error.code, error.reason), timeout=1)
 
 
-@app.exception_handler(Refused)
-async def refused(connection: Request | WebSocket, error: Refused) -> Response | None:
-    """Over HTTP a refusal is a status and its words; a socket is closed.
-
-    1008 is final (RFC 6455, section 7.4.1), 1013 is "try again later" (IANA's registry).
-    """
-    if isinstance(connection, WebSocket):
-        code = 1008 if error.event["code"] == "forbidden" else 1013
-        await close_socket(connection, WebSocketException(code, str(error)))
-        return None
-    retry = error.event.get("retry_after")
-    headers = {"Retry-After": str(math.ceil(retry))} if retry else None
-    status = STATUS.get(error.event["code"], 422)
-    return JSONResponse({"detail": error.event["message"]}, status, headers)
+def is_another_sites(scope: Scope, headers: Headers) -> bool:
+    """Whether another site's page opens this socket: browsers let it, and say truly whose it is."""
+    own = (f"{scheme}://{headers.get('host')}" for scheme in ("http", "https"))
+    return headers.get("origin") not in (None, *own, *scope["app"].state.origins)
 
 
-def from_state(name: str) -> Any:
-    """A dependency that gives ``app.state.<name>``, over HTTP and over sockets alike."""
+class RequestContextMiddleware:
+    """Pure ASGI: BaseHTTPMiddleware passes sockets by, and halves the requests a second."""
 
-    async def get(connection: HTTPConnection) -> Any:
-        return getattr(connection.app.state, name)
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
-    return Depends(get)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        started, headers = time.perf_counter(), Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        id = given if SANE_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = id
+        # A Content-Length over the limit, FastAPI answers in plain text. Without the header
+        # it counts the bytes as they come, and raises what `too_large` answers.
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > 1 * MIB:
+            scope["headers"] = [item for item in headers.raw if item[0] != b"content-length"]
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.accept"):
+                took = f"{time.perf_counter() - started:.6f}".encode()
+                own = [(b"x-custom-header", b"Custom Value"), (b"x-request-id", id.encode())]
+                added = [*own, (b"x-process-time", took)]
+                message["headers"] = [*message.get("headers", ()), *added]
+            await send(message)
+
+        if scope["type"] == "websocket" and is_another_sites(scope, headers):
+            log.info("refused a socket to a page of %r", headers["origin"])
+            await send({"type": "websocket.close"})  # before it is accepted: that is a 403
+        else:
+            await self.survive(scope, receive, send_with_headers)
+
+    async def survive(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Log a bug, and answer it unless something was answered already."""
+        try:
+            await self.app(scope, receive, send)
+        except (ClientDisconnect, ClientDisconnected, WebSocketDisconnect):
+            pass  # they left, and nothing is left to do
+        except Exception:
+            log.exception("unexpected error in %s %r", scope["type"], scope["path"])
+            with suppress(Exception):
+                if scope["type"] == "websocket":
+                    await send({"type": "websocket.close", "code": 1011})
+                else:
+                    answer = JSONResponse({"detail": "Internal Server Error"}, 500)
+                    await answer(scope, receive, send)
 
 
-# ======================================================================================
-# 4. Looking at a request
-#
+app.add_middleware(RequestContextMiddleware)
+
+
+# 2. Looking at a request ==============================================================
 # A request's head is there at once; its body arrives later, in pieces, once, and from
 # somebody who may not mean well. `Request` is the view of both. The first routes show one
 # thing each, `/inspect` shows all of it, and `/body/...` the four ways to read a body, each
 # with a limit, and what happens when it is read twice.
-# ======================================================================================
 
 
 @app.get("/items/")
@@ -703,18 +255,14 @@ async def read_user_agent(agent: Annotated[str | None, Depends(user_agent)]) -> 
 
 
 def parse_json(data: str | bytes) -> Any:
-    """Parse JSON that can be sent back as JSON. Raises ValueError for anything else.
-
-    ``json.loads`` takes what breaks later: NaN, half of a surrogate pair, and a nesting so
-    deep that it raises RecursionError.
-    """
-    value = from_json(data)
+    """Parse JSON that can be sent back as JSON. Raises ValueError for anything else."""
+    value = from_json(data)  # json.loads takes half of a surrogate pair, and too deep a nesting
     json.dumps(value, allow_nan=False)
     return value
 
 
 async def read_json(request: Request) -> Any:
-    """The JSON body, whatever its Content-Type says. Raises 400 for no JSON."""
+    """A dependency: the JSON body, whatever its Content-Type says. Raises 400 for no JSON."""
     try:
         return parse_json(await request.body())
     except ValueError as error:
@@ -728,27 +276,21 @@ def json_or_none(data: str | bytes) -> Any:
         return None
 
 
-def group_by_key(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
-    """Gather pairs by key without losing a repeated one: {key: [values]}."""
-    gathered: dict[str, list[T]] = {}
-    for key, value in pairs:
-        gathered.setdefault(key, []).append(value)
-    return gathered
-
-
 @app.post("/submit")
 async def submit(request: Request) -> dict[str, Any]:
-    query = group_by_key(request.query_params.multi_items())
+    query = request.query_params  # as a dict, it would keep only the last of two equal keys
+    values = {key: query.getlist(key) for key in query}
     return {
         "method": request.method,
         "url": str(request.url),
         "user_agent": request.headers.get("user-agent"),
-        "query_params": {key: v[0] if len(v) == 1 else v for key, v in query.items()},
+        "query_params": {key: v[0] if len(v) == 1 else v for key, v in values.items()},
         "cookies": request.cookies,
         "data": json_or_none(await request.body()),
     }
 
 
+@app.get("/http-endpoint")  # a body on GET is legal, but many proxies drop it (RFC 9110, 9.3.1)
 @app.post("/http-endpoint")
 async def http_endpoint(data: Annotated[Any, Depends(read_json)]) -> JSONResponse:
     return JSONResponse({"received_data": data})  # a dict would be walked through once more
@@ -756,7 +298,7 @@ async def http_endpoint(data: Annotated[Any, Depends(read_json)]) -> JSONRespons
 
 def inspect_connection(connection: HTTPConnection) -> dict[str, Any]:
     """What a request and a socket's handshake have in common, without loss."""
-    url, client = connection.url, connection.client
+    url, client, query = connection.url, connection.client, connection.query_params
     return {
         "url": {"full": str(url), "host": url.hostname}
         | {part: getattr(url, part) for part in ("scheme", "port", "path", "query")},
@@ -764,7 +306,7 @@ def inspect_connection(connection: HTTPConnection) -> dict[str, Any]:
         "http_version": connection.scope.get("http_version"),
         "client": {"host": client.host, "port": client.port} if client else None,
         "path_params": connection.path_params,
-        "query_params": group_by_key(connection.query_params.multi_items()),
+        "query_params": {key: query.getlist(key) for key in query},
         "headers": [[n.decode("latin-1"), v.decode("latin-1")] for n, v in connection.headers.raw],
         "cookies": connection.cookies,
         "state": connection.scope.get("state", {}),
@@ -781,29 +323,21 @@ def inspect_bytes(data: bytes) -> dict[str, Any]:
 
 
 async def read_form(request: Request) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
-    """The fields of a form, every value a list, and what its files are."""
+    fields: dict[str, list[str]] = {}
+    files = []
     try:
-        await request.form()
-    except (UnicodeError, IndexError):  # some charsets fail in their own ways
-        raise HTTPException(400, "The form cannot be decoded: send UTF-8") from None
-    async with request.form() as form:
-        items = form.multi_items()
-        fields = group_by_key((key, value) for key, value in items if isinstance(value, str))
-        files = [
-            {
-                "field": key,
-                "filename": value.filename,
-                "content_type": value.content_type,
-                "size": value.size,
-                "sha256": hashlib.sha256(await value.read()).hexdigest(),
-            }
-            for key, value in items
-            if isinstance(value, UploadedFile)
-        ]
-    try:
+        async with request.form() as form:
+            for key, value in form.multi_items():
+                if isinstance(value, str):
+                    fields.setdefault(key, []).append(value)
+                else:
+                    file = {"field": key, "filename": value.filename, "size": value.size}
+                    file["content_type"] = value.content_type
+                    file["sha256"] = hashlib.sha256(await value.read()).hexdigest()
+                    files.append(file)
         json.dumps([fields, files], ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # some charsets decode to half of a surrogate pair
-        raise HTTPException(400, "The form has text that is no Unicode: send UTF-8") from None
+    except (UnicodeError, IndexError):  # charsets fail in their own ways, or to half a character
+        raise HTTPException(400, "The form cannot be decoded: send UTF-8") from None
     return fields, files
 
 
@@ -828,14 +362,11 @@ async def body_json(data: Annotated[Any, Depends(read_json)]) -> JSONResponse:
     return JSONResponse(data)
 
 
-FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
-
-
 @app.post("/body/form")
 async def body_form(request: Request) -> dict[str, Any]:
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type not in FORM_TYPES:
-        raise HTTPException(415, f"Send a form: {' or '.join(FORM_TYPES)}")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("application/x-www-form-urlencoded", "multipart/form-data"):
+        raise HTTPException(415, "Send application/x-www-form-urlencoded or multipart/form-data")
     fields, files = await read_form(request)
     return {"fields": fields, "files": files}
 
@@ -858,37 +389,23 @@ async def body_stream(request: Request) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest(), "chunks": chunks}
 
 
-async def drain(request: Request) -> None:
-    async for _ in request.stream():
-        pass
-
-
-READS: dict[str, Callable[[Request], Awaitable[Any]]] = {
-    "body": lambda request: request.body(),
-    "json": lambda request: request.json(),
-    "form": lambda request: request.form(),
-    "stream": drain,
-}
-
-
 @app.post("/body/twice", max_body_size=64 * KIB)  # it is parsed a dozen times
 async def body_twice(request: Request) -> dict[str, Any]:
-    """Read the same body twice, in every order of two ways, each time from a fresh Request.
-
-    ``body()`` keeps what it read, so anything may follow it. ``stream()`` keeps nothing,
-    and a form is read by streaming.
-    """
+    """``body()`` keeps what it read; ``stream()`` keeps nothing, and forms are read by it."""
     body = await request.body()
 
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
     reads = []
-    for first, second in itertools.product(READS, repeat=2):
+    for first, second in itertools.product(("body", "json", "form", "stream"), repeat=2):
         fresh, error = Request(request.scope, replay), None
         try:
-            await READS[first](fresh)
-            await READS[second](fresh)
+            for way in (first, second):
+                if way == "stream":
+                    _ = [chunk async for chunk in fresh.stream()]
+                else:
+                    await getattr(fresh, way)()
         except Exception as problem:  # any: which one it is, is the answer
             error = f"{type(problem).__name__}: {getattr(problem, 'detail', problem)}"
         await fresh.close()
@@ -896,13 +413,10 @@ async def body_twice(request: Request) -> dict[str, Any]:
     return {"reads": reads}
 
 
-# ======================================================================================
-# 5. Talking over a socket
-#
+# 3. Talking over a socket =============================================================
 # A WebSocket begins as an HTTP request, and after `accept()` both sides may speak at any
 # time, in frames of text or bytes. A handler is a conversation: it ends when the function
 # returns, or when a receive raises WebSocketDisconnect because the client has left.
-# ======================================================================================
 
 
 async def receive(websocket: WebSocket) -> str | bytes:
@@ -916,42 +430,11 @@ async def receive(websocket: WebSocket) -> str | bytes:
 
 
 async def receive_text(websocket: WebSocket) -> str:
-    """The next text frame; a binary one closes the socket with 1003 (RFC 6455, section 7.4.1).
-
-    ``websocket.receive_text()`` would raise ``KeyError('text')`` instead.
-    """
+    """The next text frame; at a binary one, ``websocket.receive_text()`` raises KeyError."""
     frame = await receive(websocket)
     if isinstance(frame, bytes):
-        raise WebSocketException(1003, "Text frames only")
+        raise WebSocketException(1003, "Text frames only")  # RFC 6455, section 7.4.1
     return frame
-
-
-@app.exception_handler(WebSocketDisconnect)
-async def client_left(websocket: WebSocket, error: WebSocketDisconnect) -> None:
-    """The client has closed its side: so ends every handler below, and nothing is wrong."""
-
-
-@app.exception_handler(WebSocketException)
-async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
-    """Close a socket with a code and a reason that its client can see.
-
-    A socket that is closed before it is accepted reaches a browser as a bare 1006, whatever
-    was said; so it is accepted first. The time limit is for a client that does not read.
-    """
-    log.info("closed %r: %d %s", websocket.url.path, error.code, error.reason)
-    if websocket.application_state is WebSocketState.CONNECTING:
-        await websocket.accept(choose_subprotocol(websocket))
-    if websocket.application_state is WebSocketState.CONNECTED:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(websocket.close(error.code, error.reason), timeout=1)
-
-
-CHAT_PROTOCOL = "lobby.v1"  # the one subprotocol there is, of the chat in chapter 10
-
-
-def choose_subprotocol(websocket: WebSocket) -> str | None:
-    """A browser that offers subprotocols drops a connection that picks none of them."""
-    return CHAT_PROTOCOL if CHAT_PROTOCOL in websocket.scope["subprotocols"] else None
 
 
 @app.websocket("/ws-endpoint")
@@ -993,31 +476,25 @@ async def inspect_socket(websocket: WebSocket) -> None:
         await websocket.send_json({"kind": kind, **inspect_bytes(data)})
 
 
-# The loops above answer and wait in turns. A chat must do both at once: one task reads
-# what the client sends, one writes what others have said, and when either fails, because
-# the client has left or for any other reason, so does the other.
-
-
 async def side_by_side(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Run these until one of them raises, cancel the others, and raise what it raised."""
+    """Run these until one ends, end the others, and raise what was raised."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
-        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
-    errors = [error for task in ended if (error := task.exception())]
-    raise errors[0]
+        await asyncio.wait(tasks)
+    errors = [error for task in tasks if not task.cancelled() and (error := task.exception())]
+    if errors:
+        raise errors[0]
 
 
-# ======================================================================================
-# 6. Sessions
-#
+# 4. Sessions ==========================================================================
 # A socket's handshake carries little, so context is often made over HTTP first and then
 # named by an id. Whoever knows the id is in, hence it is unguessable. Each socket has a
 # queue and a writer of its own: a sender fills queues and never waits for a slow reader,
 # who is closed when its queue is full.
-# ======================================================================================
 
 SESSION_SECONDS = 3600  # after the last use
 MAX_SESSIONS = 10_000  # the one that was unused for longest makes room for a new one
@@ -1028,10 +505,7 @@ SESSION_QUEUE = 32  # frames, of at most 64 KiB, that may wait for one socket
 class Session:
     """Who asked for it and when, and the queues of the sockets now in it."""
 
-    id: str
-    client_host: str | None
-    user_agent: str | None
-    created_at: float  # seconds since 1970, UTC
+    about: dict[str, Any]
     used_at: float  # on the monotonic clock
     queues: set[asyncio.Queue[str | None]] = field(default_factory=set)
 
@@ -1041,72 +515,63 @@ class Session:
         return max(0, round(SESSION_SECONDS - idle))
 
     def send(self, text: str) -> None:
-        """Queue a text for every socket; in a full queue, the end of it instead: None."""
+        """Queue a text for every socket. A queue that is full gets None instead: its end."""
         self.used_at = time.monotonic()
         for queue in list(self.queues):
-            queue.put_nowait(text if queue.qsize() < SESSION_QUEUE else None)
-            if queue.qsize() > SESSION_QUEUE:
+            is_full = queue.qsize() >= SESSION_QUEUE
+            queue.put_nowait(None if is_full else text)
+            if is_full:
                 self.queues.discard(queue)
 
 
-class Sessions(dict[str, Session]):
-    """All sessions, by id."""
-
-    def create(self, connection: HTTPConnection) -> Session:
-        """A new session. Answers 503 if there are too many, all with sockets in them."""
-        if len(self) >= MAX_SESSIONS:
-            idle = [session for session in self.values() if not session.queues]
-            if not idle:
-                raise HTTPException(503, "Too many sessions are in use, try again later")
-            del self[min(idle, key=lambda session: session.used_at).id]
-        agent = connection.headers.get("user-agent", "")[:512] or None
-        id = secrets.token_urlsafe(16)
-        self[id] = Session(id, client_host(connection), agent, time.time(), time.monotonic())
-        return self[id]
-
-    def find(self, id: str) -> Session | None:
-        """The session with this id, unless it has expired."""
-        if id in self and not self[id].expires_in():
-            del self[id]
-        return self.get(id)
-
-
-AllSessions = Annotated[Sessions, from_state("sessions")]
+sessions: dict[uuid.UUID, Session] = {}
 
 
 @app.post("/create-session")
-async def create_session(request: Request, sessions: AllSessions) -> dict[str, Any]:
-    session = sessions.create(request)
-    return {"session_id": session.id, "expires_in": session.expires_in()}
+async def create_session(request: Request) -> dict[str, Any]:
+    if len(sessions) >= MAX_SESSIONS:
+        idle = [id for id in sessions if not sessions[id].queues]
+        if not idle:
+            raise Refused("unavailable", "Too many sessions are in use", retry_after=60)
+        del sessions[min(idle, key=lambda id: sessions[id].used_at)]
+    about = {"client_host": client_host(request), "created_at": time.time()}
+    about["user_agent"] = request.headers.get("user-agent", "")[:512] or None
+    id = uuid.uuid4()
+    sessions[id] = Session(about, time.monotonic())
+    return {"session_id": str(id), "expires_in": sessions[id].expires_in()}
 
 
-@app.get("/session/{session_id}")
-async def show_session(session_id: str, sessions: AllSessions) -> dict[str, Any]:
-    session = sessions.find(session_id)
-    if session is None:
-        raise HTTPException(404, "Unknown session: it was never made, or it has expired")
-    shown = {name: getattr(session, name) for name in ("client_host", "user_agent", "created_at")}
-    times = {"expires_in": session.expires_in(), "sockets": len(session.queues)}
-    return {"session_id": session.id} | shown | times
+def find_session(id: uuid.UUID) -> Session:
+    """The session with this id. Raises Refused if there is none, or it has expired."""
+    if id in sessions and not sessions[id].expires_in():
+        del sessions[id]
+    if id not in sessions:
+        raise Refused("unknown", "Unknown session")
+    return sessions[id]
 
 
-# Its route, /ws/{session_id}, is added after the last of the others: routes are tried in
-# the order of their adding, and this one would take /ws/chat for the session "chat".
-async def session_socket(websocket: WebSocket, session_id: str, sessions: AllSessions) -> None:
-    session = sessions.find(session_id)
-    if session is None:
-        raise WebSocketException(1008, "Unknown session")
+@app.get("/session/{session_id:uuid}")
+async def show_session(session_id: uuid.UUID) -> dict[str, Any]:
+    session = find_session(session_id)
+    shown = {"expires_in": session.expires_in(), "sockets": len(session.queues)}
+    return {"session_id": str(session_id), **session.about, **shown}
+
+
+# Only an id leads here: as plain text, "chat" in /ws/chat would be taken for one too.
+@app.websocket("/ws/{session_id:uuid}")
+async def session_socket(websocket: WebSocket, session_id: uuid.UUID) -> None:
+    session = find_session(session_id)
     await websocket.accept()
     queue: asyncio.Queue[str | None] = asyncio.Queue()
 
     async def read() -> None:
         while True:
-            session.send(f"Session {session.id}: {await receive_text(websocket)}")
+            session.send(f"Session {session_id}: {await receive_text(websocket)}")
 
     async def write() -> None:
         while (text := await queue.get()) is not None:
             await websocket.send_text(text)
-        raise WebSocketException(1013, "Too slow")
+        raise Refused("unavailable", "Too slow")
 
     session.queues.add(queue)
     try:
@@ -1116,151 +581,485 @@ async def session_socket(websocket: WebSocket, session_id: str, sessions: AllSes
         session.used_at = time.monotonic()
 
 
-# ======================================================================================
-# 7. Knowing a user
+# 5. Settings ==========================================================================
+# A program that reads the environment wherever it needs a value fails late and in odd
+# places. One model reads it all at the start, and refuses what it cannot use in one line
+# that names the variable.
+
+
+class StartError(Exception):
+    """Why Lobby cannot start, in one line that says what to change."""
+
+
+def split_origins(value: str) -> frozenset[str]:
+    return frozenset(part.strip().rstrip("/") for part in value.split(",") if part.strip())
+
+
+class Settings(BaseModel):
+    """All settings; the field ``port`` is the environment's ``CHAT_PORT``."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)  # 0: any free one
+    db: Path = Path("chat.db")
+    secret: bytes | None = Field(None, min_length=32)  # RFC 7518, section 3.2
+    token_minutes: float = Field(60, gt=0, le=525_600)
+    origins: Annotated[frozenset[str], BeforeValidator(split_origins)] = frozenset()
+    demo_users: bool = True
+    rate: float = Field(10, ge=0, allow_inf_nan=False)  # messages a second; 0: no limit
+    sockets_per_user: int = Field(20, ge=0)  # 0: no limit
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Read the ``CHAT_...`` variables. Raises StartError for an unusable one."""
+        names = {f"CHAT_{field.upper()}": field for field in cls.model_fields}
+        given = {names[name]: os.environ[name] for name in names if name in os.environ}
+        try:
+            settings = cls.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            shown = "" if name == "secret" else f"={given[name]!r}"
+            raise StartError(f"CHAT_{name.upper()}{shown}: {first['msg']}") from None
+        is_meant = "demo_users" in settings.model_fields_set or not settings.demo_users
+        if not is_meant and settings.host not in ("127.0.0.1", "::1", "localhost"):
+            raise StartError(
+                f"CHAT_HOST={settings.host!r} can be reached from other machines, and the demo "
+                "people's passwords are public: set CHAT_DEMO_USERS to 0, or to 1 if you mean it"
+            )
+        return settings
+
+
+# 6. Storage ===========================================================================
+# Reading is a function call: an index answers within microseconds, so `query` runs in the event
+# loop, on a connection that only reads. Nothing comes between a reading and what is done with it.
 #
-# A password is checked once, slowly on purpose, and exchanged for a token: a signed note
-# that says who its bearer is and until when. The signature proves that the note is ours;
-# that its bearer still exists and has not logged out is looked up each time. What a person
-# may do is never in the token: it would be true for too long.
-# ======================================================================================
+# Changing waits for the disk (fsync), for milliseconds however many rows it writes. So one
+# thread applies changes, many at a time: whoever waits for the disk pays for one fsync,
+# shared with all others. What may not be is refused there, where nothing can come between
+# the question and the change. A route says `await state.change({"type": ...})`, and is given
+# what became of it, or raised Refused; how changes get here, chapter 9 shows.
+
+SHAPE = 3  # of the tables; a file of another shape is refused
+TABLES = """
+CREATE TABLE epoch (name TEXT NOT NULL);
+INSERT INTO epoch VALUES (lower(hex(randomblob(8))));
+-- folded: the name without regard to case. password: its salt and hash.
+CREATE TABLE people (name TEXT PRIMARY KEY, folded TEXT NOT NULL UNIQUE, password TEXT NOT NULL,
+    role TEXT NOT NULL, banned INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE logins (sid TEXT PRIMARY KEY, user TEXT NOT NULL, ends REAL NOT NULL);
+-- at, ends: seconds since 1970, UTC. deleted: the newest id when the text was; the row stays,
+-- or a resend would bring it back.
+CREATE TABLE messages (id INTEGER PRIMARY KEY, room TEXT NOT NULL, user TEXT NOT NULL,
+    text TEXT NOT NULL, at REAL NOT NULL, mid TEXT, deleted INTEGER, UNIQUE (user, mid));
+CREATE INDEX messages_of_room ON messages (room, id);
+CREATE INDEX deleted_of_room ON messages (room, deleted) WHERE deleted IS NOT NULL;
+-- Who may list a room: '' is everybody; @alice+bob has a row for each of the two.
+CREATE TABLE rooms (person TEXT, room TEXT, last_id INTEGER, PRIMARY KEY (person, room));
+CREATE INDEX newest_rooms ON rooms (person, last_id);
+CREATE TRIGGER list_room AFTER INSERT ON messages WHEN new.room NOT LIKE '@%' BEGIN
+    INSERT INTO rooms VALUES ('', new.room, new.id) ON CONFLICT DO UPDATE SET last_id = new.id;
+END;
+CREATE TRIGGER list_conversation AFTER INSERT ON messages WHEN new.room LIKE '@%' BEGIN
+    INSERT INTO rooms VALUES (substr(new.room, 2, instr(new.room, '+') - 2), new.room, new.id),
+        (substr(new.room, instr(new.room, '+') + 1), new.room, new.id)
+    ON CONFLICT DO UPDATE SET last_id = new.id;
+END;
+"""
+COLUMNS = "id, room, user, text, at, mid"  # of a message, as its event has them
+MAX_ID = 2**63 - 1  # the largest integer that SQLite holds
+BUSY_SECONDS = 5  # how long a change waits for another program that writes
+WINDOW = 1_000  # newest events that an open room keeps, and most messages that are resumed
+SEARCHED = 100  # messages that a search reads between two turns of the loop
+
+FAILED = ("unavailable", "The database failed, try again", 1.0)  # as Refused
+
+Event = dict[str, Any]
+
+
+def size_of(event: Event) -> float:
+    """How much of a window an event takes: 1, or for a long text its length in KiB."""
+    return max(1.0, len(event.get("text", "")) / KIB)
+
+
+class Repeated(Event):
+    """The original of a message that was sent again: for its sender alone."""
+
+
+def must(condition: Any, code: str, words: str) -> None:
+    """Raise Refused unless the condition holds."""
+    if not condition:
+        raise Refused(code, words)
+
+
+class Storage:
+    """People, log-ins and messages in one SQLite file, with two doors: ``query`` and ``apply``."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the file. Raises StartError if it cannot be used or is in use."""
+        path = Path(os.path.realpath(path))
+        self.connections = ExitStack()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="database")
+        self.searching = asyncio.Lock()
+        try:
+            # Rooms live in one process. A second one would announce its messages to
+            # nobody here, so it is kept out by a lock that ends with its holder.
+            self._connect(f"{path}.lock", timeout=0).execute("BEGIN EXCLUSIVE")
+            path.touch(mode=0o600)  # password hashes are nobody else's business
+            self.writer = self._connect(str(path), timeout=BUSY_SECONDS)
+            self._prepare()
+            # The loop must not wait, not even for another program's lock.
+            self.reader = self._connect(f"{path.as_uri()}?mode=ro", timeout=0)
+            ((self.epoch,),) = self.query("SELECT name FROM epoch")
+            # The newest id that was shown. Readings stop there: what is stored and not shown
+            # yet comes by the room's log, so that nobody gets it twice.
+            ((self.shown,),) = self.query("SELECT coalesce(max(id), 0) FROM messages")
+        except (sqlite3.Error, OSError, Refused) as error:
+            self.close()
+            problem = "another process is using it" if "is locked" in str(error) else error
+            raise StartError(f"CHAT_DB={str(path)!r}: {problem}") from None
+
+    def _connect(self, file: str, timeout: float) -> sqlite3.Connection:
+        # isolation_level None: every statement is a transaction of its own
+        more: Any = {"isolation_level": None, "check_same_thread": False}
+        db = sqlite3.connect(file, timeout, uri=file.startswith("file:"), **more)
+        self.connections.callback(db.close)
+        db.row_factory = sqlite3.Row  # a tuple whose values have names
+        return db  # type: ignore[no-any-return]
+
+    def _prepare(self) -> None:
+        shape = self._value("PRAGMA user_version")
+        if shape != SHAPE and self._value("SELECT count(*) FROM sqlite_master"):
+            raise sqlite3.DatabaseError("another version of Lobby made it, or another program")
+        # FULL: a commit has reached the disk when it returns, power cut or not.
+        # secure_delete: what is deleted is overwritten, not only given free.
+        self.writer.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;"
+        )
+        if shape != SHAPE:
+            self.writer.executescript(f"BEGIN; {TABLES} PRAGMA user_version = {SHAPE}; COMMIT;")
+
+    def close(self) -> None:
+        self.thread.shutdown()
+        self.connections.close()
+
+    def query(self, sql: str, *values: Any) -> list[Any]:
+        """All rows, of which there must be few. Raises Refused if the database fails."""
+        try:
+            return self.reader.execute(sql, values).fetchall()
+        except sqlite3.Error:
+            log.exception("the database failed in reading")
+            raise Refused(*FAILED) from None
+
+    def find_person(self, folded: str, sid: str = "") -> Any:
+        """The person whose name folds to this, or None; ``is_logged_in``: by this log-in."""
+        is_logged_in = "EXISTS (SELECT 1 FROM logins WHERE sid = ? AND user = name) AS is_logged_in"
+        rows = self.query(f"SELECT *, {is_logged_in} FROM people WHERE folded = ?", sid, folded)
+        return rows[0] if rows else None
+
+    def page(
+        self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
+    ) -> tuple[list[Event], bool]:
+        """At most ``limit`` messages, oldest first, and whether there are more: those next after
+        ``after`` if it is given, else next before ``before``."""
+        order = "DESC" if after is None else "ASC"
+        sql = f"SELECT {COLUMNS} FROM messages WHERE room = ? AND id > ? AND id < ?"
+        sql += f" AND deleted IS NULL ORDER BY id {order} LIMIT ?"
+        rows = self.query(sql, room, after or 0, min(before, self.shown + 1), limit + 1)
+        found = [{"type": "message", **row} for row in rows[:limit]]
+        return found if order == "ASC" else found[::-1], len(rows) > limit
+
+    async def search(
+        self, q: str, room: str, limit: int, before: int = MAX_ID, after: int | None = None
+    ) -> tuple[list[Event], bool]:
+        """Like ``page``, of messages that have ``q``: in pieces, as an index would slow storing."""
+        found: list[Event] = []
+        more = True
+        async with self.searching:
+            while more and len(found) <= limit:
+                await asyncio.sleep(0)
+                piece, more = self.page(room, SEARCHED, before, after)
+                hits = [event for event in piece if q.casefold() in event["text"].casefold()]
+                found = hits + found if after is None else found + hits
+                if after is None:
+                    before = piece[0]["id"] if piece else 0
+                elif piece:
+                    after = piece[-1]["id"]
+        return found[-limit:] if after is None else found[:limit], len(found) > limit
+
+    def missed(self, room: str, after: int) -> list[list[Event]] | None:
+        """The messages after this id, and what was deleted since; None if not to be had."""
+        messages, more = self.page(room, WINDOW, after=after)
+        sql = "SELECT id FROM messages WHERE room = ? AND deleted >= ? AND id <= ? LIMIT ?"
+        deleted = self.query(sql, room, after, after, WINDOW + 1)
+        too_many = more or len(deleted) > WINDOW or sum(map(size_of, messages)) > WINDOW
+        if too_many or after > self.shown:
+            return None
+        return [messages, [{"type": "deleted", "room": room, "id": id} for (id,) in deleted]]
+
+    def rooms(self, person: str, limit: int, before: int = MAX_ID) -> list[tuple[str, int]]:
+        """Names and newest ids of conversations or, for "", everybody's rooms; the newest first."""
+        sql = "SELECT room, last_id FROM rooms WHERE person = ? AND last_id < ?"
+        return self.query(f"{sql} ORDER BY last_id DESC LIMIT ?", person, before, limit)
+
+    def is_written(self, room: str) -> bool:
+        return bool(self.query("SELECT 1 FROM messages WHERE room = ? LIMIT 1", room))
+
+    def apply(self, changes: Sequence[Event]) -> list[Event | Refused]:
+        """Make changes, in order, in one durable transaction; answer what became of each.
+
+        It runs in the database thread, and knows no clock, no chance and no settings: the same
+        changes make the same database. If the transaction fails, what needs a row is refused.
+        """
+        is_one_statement = all(change["type"] == "message" for change in changes)
+        outcomes: list[Event | Refused] = []
+        try:
+            with self.writer:  # commits, or rolls back
+                if not is_one_statement:  # which would be a transaction by itself
+                    self.writer.execute("BEGIN")
+                for kind, run in itertools.groupby(changes, itemgetter("type")):
+                    make = self._store if kind == "message" else self._make_each
+                    outcomes += make(list(run))
+                if not is_one_statement and not self.writer.in_transaction:
+                    raise sqlite3.DatabaseError("it has given up the transaction")
+                return outcomes
+        except Exception:
+            log.exception("the database failed in changing")
+            kicks = [change for change in changes if change["type"] == "kick"]  # need no row
+            outcome_of = dict(zip(map(id, kicks), self._make_each(kicks), strict=True))
+            return [outcome_of.get(id(change), Refused(*FAILED)) for change in changes]
+
+    def _store(self, messages: Sequence[Event]) -> list[Event | Refused]:
+        """Store messages by one statement: around each, Python's lock changes hands."""
+        values = itemgetter(*COLUMNS.split(", "))
+        rows = ", ".join(["(?, ?, ?, ?, ?, ?)"] * len(messages))
+        sql = f"INSERT INTO messages ({COLUMNS}) VALUES {rows} ON CONFLICT (user, mid) DO NOTHING"
+        done = self.writer.execute(sql, [value for one in messages for value in values(one)])
+        all_are_new = done.rowcount == len(messages)
+        return list(messages) if all_are_new else list(map(self._stored, messages))
+
+    def _stored(self, message: Event) -> Event | Refused:
+        sql = f"SELECT {COLUMNS} FROM messages WHERE deleted IS NULL"
+        sql += " AND (id = :id OR (user = :user AND mid = :mid))"
+        row = self.writer.execute(sql, message).fetchone()
+        if not row:
+            return Refused("forbidden", "This message was deleted")
+        return message if row["id"] == message["id"] else Repeated(type="message", **row)
+
+    def _make_each(self, changes: Sequence[Event]) -> list[Event | Refused]:
+        """Make changes, and answer the events that they are now; what may not be is refused."""
+        outcomes: list[Event | Refused] = []
+        for change in changes:
+            try:
+                self._make(change)
+                outcomes.append({key: value for key, value in change.items() if key != "by"})
+            except Refused as refusal:
+                outcomes.append(refusal)
+            except Exception:  # it is refused alone
+                log.exception("a change failed: %s", change["type"])
+                outcomes.append(Refused(*FAILED))
+        return outcomes
+
+    def _make(self, change: Event) -> None:
+        """Make a change that is no message; its fields are the statements' parameters."""
+        run = self.writer.execute
+        match change["type"]:
+            case "register":
+                is_first = not self._value("SELECT 1 FROM people")
+                change.setdefault("role", "admin" if is_first else "member")  # somebody has to be
+                sql = "INSERT INTO people (name, folded, password, role) VALUES"
+                done = run(
+                    f"{sql} (:user, :folded, :password, :role) ON CONFLICT DO NOTHING", change
+                )
+                must(done.rowcount, "conflict", "This username is taken")
+            case "login":  # the password may have changed while it was checked
+                run("DELETE FROM logins WHERE ends < :at", change)
+                sql = "INSERT INTO logins SELECT :sid, name, :ends FROM people"
+                done = run(f"{sql} WHERE name = :user AND password = :password", change)
+                must(done.rowcount, "unauthorized", "Bad username or password")
+            case "logout":
+                run("DELETE FROM logins WHERE sid = :sid", change)
+            case "deleted":
+                self._check_author(change)
+                newest = "(SELECT max(id) FROM messages)"
+                run(f"UPDATE messages SET text = '', deleted = {newest} WHERE id = :id", change)
+            case "role":
+                self._check_role(change, "admin")
+                run("UPDATE people SET role = :role WHERE name = :user", change)
+            case "kick" | "ban" | "unban" as kind:
+                self._check_role(change, "moderator")
+                if kind != "kick":
+                    run("UPDATE people SET banned = (:type = 'ban') WHERE name = :user", change)
+
+    def _value(self, sql: str, fields: Event | None = None) -> Any:
+        row = self.writer.execute(sql, fields or {}).fetchone()
+        return row and row[0]
+
+    def _role_of(self, by: str) -> str:
+        """What somebody who asks is now; who is banned has no more to say than anybody."""
+        sql = "SELECT role FROM people WHERE name = :by AND NOT banned"
+        return self._value(sql, {"by": by}) or "member"
+
+    def _check_author(self, change: Event) -> None:
+        sql = "SELECT user FROM messages WHERE id = :id AND room = :room AND deleted IS NULL"
+        author, by = self._value(sql, change), change["by"]
+        must(author, "unknown", "There is no such message in this room")
+        may = author == by or self._role_of(by) != "member"
+        must(may, "forbidden", "Only its author or a moderator may delete a message")
+
+    def _check_role(self, change: Event, needed: str) -> None:
+        """Moderators act on members, admins on everybody; and one admin always stays."""
+        asking = self._role_of(change["by"])
+        may = asking in (needed, "admin")
+        must(may, "forbidden", f"Only a person with the role {needed!r} may do this")
+        change["user"] = self._value("SELECT name FROM people WHERE folded = :folded", change)
+        must(change["user"], "unknown", "There is nobody of this name")
+        role = self._value("SELECT role FROM people WHERE name = :user", change)
+        may = asking == "admin" or role == "member"
+        must(may, "forbidden", f"Only an admin may do this to somebody who is {role}")
+        others = "SELECT 1 FROM people WHERE role = 'admin' AND NOT banned AND name != :user"
+        stays = change["type"] in ("kick", "unban") or change.get("role") == "admin"
+        stays = stays or role != "admin" or self._value(others, change)
+        must(stays, "conflict", "The last admin can be neither banned nor demoted")
+
+
+# 7. Knowing a user ====================================================================
+# A password is checked once, slowly on purpose, and makes a log-in, which is exchanged for a
+# token: a signed note that says who its bearer is, by which log-in, and until when. The
+# signature proves that the note is ours; that its bearer is not banned and has not logged
+# out is looked up each time. What a person may do is never in the token: it would be true
+# for too long.
 
 # Letters that cannot be seen, by which one name could pass for another.
 INVISIBLE = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 MAX_NAME = 32  # characters
+MAX_PASSWORD = 128  # characters
 LONGEST_FORM = 4  # into how many characters one can be taken apart: the most that is normalised
 
 
 def normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
-    """A text in its one spelling. Raises ValueError for what is no text, or takes too long.
-
-    Marks are put in order, and that takes time that grows with the square of their number:
-    more than 30 on one letter are refused (UAX #15, section 13).
-    """
-    marks = 0
-    for character in text if not text.isascii() else ():
-        marks = marks + 1 if unicodedata.combining(character) else 0
-        if marks > 30 or "\ud800" <= character <= "\udfff":
-            raise PydanticCustomError("invalid", "The text has what no script is written with")
+    """A text in its one spelling. Raises ValueError for what is none, or has too many marks on
+    a letter: ordering them takes the square of their number (UAX #15, section 13: 30)."""
+    marks = "".join("m" if unicodedata.combining(character) else "-" for character in text)
+    if "m" * 31 in marks or re.search("[\ud800-\udfff]", text):
+        raise PydanticCustomError("invalid", "The text has what no script is written with")
     return unicodedata.normalize(form, text)
 
 
+@functools.lru_cache(4096)
 def clean_name(name: str) -> str:
-    """A person's or room's name in its one spelling (NFKC). Raises ValueError for a bad one.
-
-    Letters, digits, ``_`` and ``-`` of any script; marks too, which many scripts spell with.
-    """
+    """A name in its one spelling (NFKC); of any script, many of which spell with marks."""
     if len(name) <= LONGEST_FORM * MAX_NAME:
         name = normalize("NFKC", name)
     start = name[: MAX_NAME + 1]  # enough to see that it is too long
     kinds = "".join("_" if c in "_-" else unicodedata.category(c)[0] for c in start)
     if not re.fullmatch(r"[LN_][LMN_]{0,31}", kinds) or re.search(INVISIBLE, name):
         raise PydanticCustomError("bad_name", "1 to 32 letters, digits, '_' or '-' are a name")
+    if name.casefold() in ("error", "here"):
+        raise PydanticCustomError("bad_name", "The plain text chat speaks in this name itself")
     return name
 
 
-def clean_username(name: str) -> str:
-    """A person's name; the plain text chat speaks in these names itself."""
-    if folded(name) in ("error", "here"):
-        raise PydanticCustomError("bad_name", "This name is reserved")
-    return clean_name(name)
-
-
-def folded(name: str) -> str:
+@functools.lru_cache(4096)
+def fold(name: str) -> str:
     """A name without regard to case, to find a person by. Raises ValueError for a bad one."""
     return normalize("NFKC", clean_name(name).casefold())
 
 
-def clean_password(password: str) -> str:
-    """A password in its one spelling: keyboards differ (NIST SP 800-63B, section 5.1.1.2)."""
-    return normalize("NFKC", password)
+class Bearer(NamedTuple):
+    """Who is asking, by which log-in, and until when (``ends``, seconds since 1970)."""
+
+    name: str
+    role: str
+    sid: str
+    ends: float
 
 
-MAX_PASSWORD = 128  # characters
+def one_spelling(password: str) -> str:
+    """Keyboards differ (NIST SP 800-63B, section 5.1.1.2)."""
+    return normalize("NFKC", password[: LONGEST_FORM * MAX_PASSWORD])
+
+
 NO_PASSWORD = f"{'00' * 16}${'00' * 64}"  # what a name that nobody has is checked against
 MAX_HASHING = 20  # passwords that may wait for one of two threads: 2 s
-password_threads = ThreadPoolExecutor(2, thread_name_prefix="password")
-hashing: set[asyncio.Future[bytes]] = set()
 
 
-async def scrypt(password: str, salt: bytes) -> bytes:
-    """Hash as OWASP's Password Storage Cheat Sheet says: 16 MiB and 0.2 s for each guess.
-
-    Never in the loop, and in two threads at most. Raises Refused if too many wait for them.
-    """
-    if len(hashing) >= MAX_HASHING:
-        raise Refused("unavailable", "Too many log-ins at once, try again", retry_after=2)
-    work = functools.partial(hashlib.scrypt, salt=salt, n=2**14, r=8, p=5, maxmem=64 * MIB)
-    future = asyncio.get_running_loop().run_in_executor(password_threads, work, password.encode())
-    hashing.add(future)
-    future.add_done_callback(hashing.discard)
-    return await future
+Change = Callable[[Event], Awaitable[Event]]
 
 
-async def hash_password(password: str) -> str:
-    salt = secrets.token_bytes(16)
-    return f"{salt.hex()}${(await scrypt(password, salt)).hex()}"
+class Logins:
+    """Checks passwords, and makes and reads tokens: JSON Web Tokens (RFC 7519), by HMAC-SHA256."""
 
-
-async def verify_password(password: str, stored: str) -> bool:
-    salt, expected = map(bytes.fromhex, stored.split("$"))
-    return hmac.compare_digest(await scrypt(password, salt), expected)
-
-
-class Identity(NamedTuple):
-    """Who somebody is, by which token (``jti``), and until when (``exp``, seconds since 1970)."""
-
-    user: str
-    role: str
-    jti: str
-    exp: float
-
-
-class Unauthorized(Exception):
-    """Why a token is refused; the text goes to its bearer."""
-
-    def __str__(self) -> str:
-        return f"Unauthorized: {self.args[0]}"
-
-
-class Tokens:
-    """Makes and reads JSON Web Tokens, signed with HMAC-SHA256 (RFC 7519, RFC 7518)."""
-
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, storage: Storage, change: Change) -> None:
         self.secret = settings.secret or load_or_create_secret(settings.db)
         self.seconds = settings.token_minutes * 60
+        self.storage = storage
+        self.change = change
+        self.threads = ThreadPoolExecutor(2, thread_name_prefix="password")
+        self.hashing = 0  # passwords that wait for a thread
 
-    def issue(self, user: str) -> dict[str, Any]:
-        """The answer to a log-in, shaped as OAuth2 wants it (RFC 6749, section 5.1)."""
+    async def scrypt(self, password: str, salt: bytes) -> bytes:
+        """OWASP's Password Storage Cheat Sheet: 16 MiB and 0.2 s for each guess; few at once."""
+        if self.hashing >= MAX_HASHING:
+            raise Refused("unavailable", "Too many log-ins at once, try again", retry_after=2)
+        work = functools.partial(hashlib.scrypt, salt=salt, n=2**14, r=8, p=5, maxmem=64 * MIB)
+        loop = asyncio.get_running_loop()
+        self.hashing += 1
+        try:
+            return await loop.run_in_executor(self.threads, work, password.encode())
+        finally:
+            self.hashing -= 1
+
+    async def register(self, name: str, password: str, **more: Any) -> Event:
+        """A new person; what is stored of the password is its salt and its hash."""
+        salt = secrets.token_bytes(16)
+        stored = f"{salt.hex()}${(await self.scrypt(password, salt)).hex()}"
+        names = {"user": name, "folded": fold(name)}
+        return await self.change({"type": "register", **names, "password": stored, **more})
+
+    async def log_in(self, username: str, password: str) -> dict[str, Any]:
+        """A token for the right password. An unknown name takes as long as a known one."""
+        try:
+            name, password = fold(username), one_spelling(password)
+        except ValueError:  # nobody's
+            name = password = ""
+        person = self.storage.find_person(name)
+        stored = person["password"] if person else NO_PASSWORD
+        salt, expected = map(bytes.fromhex, stored.split("$"))
+        is_right = secrets.compare_digest(await self.scrypt(password, salt), expected)
+        if not person or not is_right:
+            log.info("refused log-in as %r", username[:32])
+            raise Refused("unauthorized", "Bad username or password")
+        must(not person["banned"], "forbidden", "Banned")
+        return await self.start(person)
+
+    async def start(self, person: Any) -> dict[str, Any]:
+        """A new log-in, and its token, shaped as OAuth2 wants it (RFC 6749, section 5.1)."""
         now = time.time()
-        claims = {
-            "sub": user,
-            "iat": int(now),
-            "exp": math.ceil(now + self.seconds),  # whole seconds: PyJWT cuts off the rest
-            "jti": secrets.token_urlsafe(16),
-        }
+        sid, ends = secrets.token_urlsafe(16), math.ceil(now + self.seconds)
+        login = {"user": person["name"], "password": person["password"], "sid": sid}
+        await self.change({"type": "login", **login, "at": now, "ends": ends})
+        claims = {"sub": person["name"], "sid": sid, "iat": int(now), "exp": ends}
+        claims["auth_time"] = int(now)  # when the password was given (OpenID Connect)
         token = jwt.encode(claims, self.secret, algorithm="HS256")
         return {"access_token": token, "token_type": "bearer", "expires_in": round(self.seconds)}
 
-    def verify(self, token: str | None) -> dict[str, Any]:
-        """The claims of a good token. Raises Unauthorized for any other."""
-        if not token:
-            raise Unauthorized("No token provided")
+    def find_bearer(self, token: str | None) -> Bearer:
+        """Who is asking, by what is stored about them now: the one way in, also for sockets."""
+        must(token, "unauthorized", "Unauthorized: No token provided")
+        # Without `require`, a token without `exp` would be good forever; without
+        # `algorithms`, a token could choose how it is checked.
+        required: Any = {"require": ["sub", "sid", "iat", "auth_time", "exp"]}
         try:
-            # Without `require`, a token without `exp` would be good forever; without
-            # `algorithms`, a token could choose how it is checked.
-            claims: dict[str, Any] = jwt.decode(
-                token,
-                self.secret,
-                algorithms=["HS256"],
-                options={"require": ["sub", "iat", "exp", "jti"]},
-            )
-            clean_name(claims["sub"])
+            claims = jwt.decode(token or "", self.secret, algorithms=["HS256"], options=required)
+            person = self.storage.find_person(fold(claims["sub"]), str(claims["sid"]))
         except jwt.ExpiredSignatureError:
-            raise Unauthorized("Token expired") from None
+            raise Refused("unauthorized", "Unauthorized: Token expired") from None
         except (jwt.PyJWTError, ValueError):
-            raise Unauthorized("Invalid token") from None
-        return claims
+            person = None
+        must(person, "unauthorized", "Unauthorized: Invalid token")
+        must(not person["banned"], "forbidden", "Banned")
+        must(person["is_logged_in"], "unauthorized", "Unauthorized: Logged out")
+        return Bearer(person["name"], person["role"], claims["sid"], claims["exp"])
 
 
 def load_or_create_secret(db: Path) -> bytes:
@@ -1268,11 +1067,8 @@ def load_or_create_secret(db: Path) -> bytes:
     path = db.with_name(f"{db.name}.secret")
     try:
         if not path.exists():
-            new = path.with_name(f"{path.name}.new")  # a crash while writing leaves no half key
-            new.unlink(missing_ok=True)
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(secrets.token_hex(32))
-            new.replace(path)
         secret = path.read_bytes()
     except OSError as error:
         raise StartError(f"CHAT_SECRET is not set, and {str(path)!r}: {error.strerror}") from None
@@ -1281,329 +1077,195 @@ def load_or_create_secret(db: Path) -> bytes:
     return secret
 
 
-AllTokens = Annotated[Tokens, from_state("tokens")]
-Database = Annotated[Storage, from_state("storage")]
 oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
 
 
-async def read_claims(
-    connection: HTTPConnection, tokens: AllTokens, token: Annotated[str | None, Depends(oauth2)]
-) -> dict[str, Any]:
-    """A dependency of routes and sockets: what the token says. Raises Unauthorized.
-
-    The token comes as ``Authorization: Bearer`` (RFC 6750). A socket may also bring it in its
-    query, or as a second subprotocol, because a browser's sockets cannot send that header
-    and a secret should not be in a URL.
-    """
-    if isinstance(connection, WebSocket):
-        offers = [p for p in connection.scope["subprotocols"] if p.startswith("bearer.")]
-        offered = offers[0].removeprefix("bearer.") if offers else None
-        token = token or connection.query_params.get("token") or offered
-    return tokens.verify(token)
+async def find_me(request: Request, token: Annotated[str | None, Depends(oauth2)]) -> Bearer:
+    """A dependency of routes: who is asking, by ``Authorization: Bearer`` (RFC 6750)."""
+    return request.app.state.logins.find_bearer(token)  # type: ignore[no-any-return]
 
 
-Claims = Annotated[dict[str, Any], Depends(read_claims)]
+Me = Annotated[Bearer, Depends(find_me)]
 
 
-async def identify(claims: Claims, storage: Database) -> Identity:
-    """A dependency: who is there, by what is stored about them now. Raises Unauthorized."""
-    person, logged_out = await asyncio.gather(
-        storage.find_person(folded(claims["sub"])), storage.is_revoked(claims["jti"])
-    )
-    if person is None:
-        raise Unauthorized("Invalid token")
-    if logged_out:
-        raise Unauthorized("Logged out")
-    if person.banned:
-        raise Refused("forbidden", "Banned")
-    return Identity(person.name, person.role, claims["jti"], claims["exp"])
+async def token_of(websocket: WebSocket) -> str | None:
+    """A socket's token: from the header, the query, or, as browsers can send no header and a
+    secret should not be in a URL, from a second subprotocol, which is never picked or echoed."""
+    offers = [p for p in websocket.scope["subprotocols"] if p.startswith("bearer.")]
+    offered = offers[0].removeprefix("bearer.") if offers else None
+    return await oauth2(websocket) or websocket.query_params.get("token") or offered
 
 
-Me = Annotated[Identity, Depends(identify)]
+class Connection:
+    """An open socket of somebody known. It ends once, at its token's end or by ``end``: what it
+    ends by is raised as Refused in its handler, wherever that waits."""
+
+    def __init__(self, websocket: WebSocket, me: Bearer) -> None:
+        self.websocket, self.me = websocket, me
+        self.connections: set[Connection] = websocket.app.state.connections  # all that are open
+        self.ended_by: Refused | None = None
+        self.deadline = asyncio.timeout(me.ends - time.time())
+
+    def end(self, code: str, reason: str) -> None:
+        is_open = self in self.connections and not self.deadline.expired()
+        if is_open and self.ended_by is None:
+            self.ended_by = Refused(code, reason)
+            self.deadline.reschedule(0)
+
+    async def __aenter__(self) -> None:
+        await self.deadline.__aenter__()
+        self.connections.add(self)
+
+    async def __aexit__(self, *error: Any) -> None:
+        self.connections.discard(self)
+        try:
+            await self.deadline.__aexit__(*error)
+        except TimeoutError:
+            raise self.ended_by or Refused("unauthorized", "Unauthorized: Token expired") from None
 
 
-@app.exception_handler(Unauthorized)
-async def unauthorized(connection: Request | WebSocket, error: Unauthorized) -> Response | None:
-    """Over HTTP it is a 401 (RFC 6750, section 3); a socket is closed with 1008."""
-    if isinstance(connection, WebSocket):
-        await close_socket(connection, WebSocketException(1008, str(error)))
-        return None
-    return JSONResponse({"detail": str(error)}, 401, {"WWW-Authenticate": "Bearer"})
-
-
-async def check_origin(websocket: WebSocket) -> None:
-    """A dependency: answers 403 to a socket that another site's page opens.
-
-    A browser lets any page open a socket to any host, but says truly whose page it is. A
-    client that is no browser sends no Origin, and needs none.
-    """
-    origin = websocket.headers.get("origin")
-    settings: Settings = websocket.app.state.settings
-    if origin is None or origin in settings.origins:
-        return
-    if origin.partition("://")[2] != websocket.headers.get("host"):
-        await websocket.close()  # before it is accepted: that is a 403
-        raise WebSocketException(1008, f"{origin!r} is not in CHAT_ORIGINS")  # for the log
-
-
-class Tether:
-    """By which an open socket is ended from elsewhere: its token or its bearer is refused now."""
-
-    def __init__(self, folded: str, jti: str) -> None:
-        self.folded = folded  # the bearer's name
-        self.jti = jti
-        self.cut: asyncio.Future[WebSocketException] = asyncio.get_running_loop().create_future()
-
-    def end(self, code: int, reason: str) -> None:
-        """Make the socket's handler close it; the first code and reason count."""
-        if not self.cut.done():
-            self.cut.set_result(WebSocketException(code, reason))
-
-    async def hold(self) -> None:
-        """Wait for ``end``, and raise its code and reason."""
-        raise await self.cut
-
-
-Tethers = Annotated[set[Tether], from_state("tethers")]
-
-
-async def tethered(claims: Claims, tethers: Tethers) -> AsyncIterator[Tether]:
-    """A dependency of sockets, solved before ``Me``: between the two no log-out can be missed."""
-    tether = Tether(folded(claims["sub"]), claims["jti"])
-    tethers.add(tether)
-    expiry = asyncio.get_running_loop().call_later(
-        claims["exp"] - time.time(), tether.end, 1008, "Unauthorized: Token expired"
-    )
-    try:
-        yield tether
-    finally:
-        expiry.cancel()
-        tethers.discard(tether)
-
-
-MyTether = Annotated[Tether, Depends(tethered)]
-
-
-class Credentials(BaseModel):
-    """A log-in. Too short or too long a password is a wrong one like any other."""
-
-    username: str
-    password: str
-
-
-class Registration(BaseModel):
-    """A new person."""
-
-    username: Annotated[str, AfterValidator(clean_username)]
-    password: Annotated[str, AfterValidator(clean_password)] = Field(
-        min_length=8, max_length=MAX_PASSWORD
-    )
-
-
-async def log_in(storage: Storage, tokens: Tokens, username: str, password: str) -> dict[str, Any]:
-    """A token for the right password, else 401. An unknown name takes as long as a known one."""
-    try:
-        key, password = folded(username), clean_password(password[: LONGEST_FORM * MAX_PASSWORD])
-    except ValueError:  # nobody's
-        key = password = ""
-    person = await storage.find_person(key)
-    right = await verify_password(password, person.password if person else NO_PASSWORD)
-    if not person or not right:
-        log.info("refused log-in as %r", username[:32])
-        raise HTTPException(401, "Bad username or password", {"WWW-Authenticate": "Bearer"})
-    if person.banned:
-        raise Refused("forbidden", "Banned")
-    return tokens.issue(person.name)
+InBody = Annotated[str, Body()]  # a field of the JSON body
+NewName = Annotated[str, Body(), AfterValidator(clean_name)]
+NewPassword = Annotated[str, Body(min_length=8, max_length=128), AfterValidator(one_spelling)]
 
 
 @app.post("/login")
-async def login(user: Credentials, storage: Database, tokens: AllTokens) -> dict[str, Any]:
-    return await log_in(storage, tokens, user.username, user.password)
+async def login(request: Request, username: InBody, password: InBody) -> Any:
+    return await request.app.state.logins.log_in(username, password)
 
 
 @app.post("/token")
-async def token(
-    form: Annotated[OAuth2PasswordRequestForm, Depends()], storage: Database, tokens: AllTokens
-) -> dict[str, Any]:
+async def token(request: Request, form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> Any:
     """The same as an OAuth2 password form, for the Authorize button of /docs."""
-    return await log_in(storage, tokens, form.username, form.password)
+    return await request.app.state.logins.log_in(form.username, form.password)
 
 
 @app.post("/register", status_code=201)
-async def register(new: Registration, storage: Database) -> dict[str, Any]:
-    password = await hash_password(new.password)
-    role = await storage.add_person(folded(new.username), new.username, password)
-    if not role:
-        raise HTTPException(409, "This username is taken")
-    return {"username": new.username, "role": role}
+async def register(request: Request, username: NewName, password: NewPassword) -> dict[str, Any]:
+    person = await request.app.state.logins.register(username, password)
+    return {"username": person["user"], "role": person["role"]}
 
 
 @app.get("/me")
-async def me(me: Me) -> dict[str, Any]:
-    return {"username": me.user, "role": me.role}
+async def read_me(me: Me) -> dict[str, Any]:
+    return {"username": me.name, "role": me.role}
 
 
 @app.post("/logout", status_code=204)
-async def logout(me: Me, storage: Database, tethers: Tethers) -> None:
-    """Refuse this token from now on, and close the sockets that were opened with it."""
-    await storage.revoke(me.jti, me.exp)
-    for tether in tethers:
-        if tether.jti == me.jti:
-            tether.end(1008, "Unauthorized: Logged out")
+async def logout(request: Request, me: Me) -> None:
+    """Refuse the log-in from now on, and close the sockets that were opened with it."""
+    await request.app.state.change({"type": "logout", "user": me.name, "sid": me.sid})
 
 
-@app.websocket("/ws/protected", dependencies=[Depends(check_origin)])
-async def protected(websocket: WebSocket, tether: MyTether, me: Me) -> None:
+@app.websocket("/ws/protected")
+async def protected(websocket: WebSocket) -> None:
     await websocket.accept()
-    await websocket.send_text(f"Hello {me.user}, you are authenticated!")
-
-    async def answer() -> None:
+    me = websocket.app.state.logins.find_bearer(await token_of(websocket))
+    async with Connection(websocket, me):
+        await websocket.send_text(f"Hello {me.name}, you are authenticated!")
         while True:
-            await websocket.send_text(f"{me.user} says: {await receive_text(websocket)}")
-
-    await side_by_side(answer(), tether.hold())
+            await websocket.send_text(f"{me.name} says: {await receive_text(websocket)}")
 
 
-async def add_demo_people(storage: Storage) -> None:
-    """The people that the README logs in as."""
-    for name, password, role in (
-        ("user1", "password1", "member"),
-        ("user2", "password2", "member"),
-        ("admin", "adminpassword", "admin"),
-    ):
-        await storage.add_person(name, name, await hash_password(password), role)
+# 8. Roles =============================================================================
+# A token says who somebody is; what they may do is looked up by the same transaction that
+# does it. So a demotion or a ban counts from the next change on, be it one that waits in the
+# same batch. The rule stands in chapter 6 (`_check_role`); here it gets its routes.
 
 
-# ======================================================================================
-# 8. Roles
-#
-# A token says who somebody is; what they may do is looked up each time they do something.
-# So a demotion or a ban counts from the next action on, and sockets that are open already
-# are ended from here.
-# ======================================================================================
-
-Role = Literal["member", "moderator", "admin"]  # each may do what the ones before it may
-ROLES = get_args(Role)
+def fold_or_nobody(name: str) -> str:
+    """A name without regard to case; what cannot be one is nobody's."""
+    with suppress(ValueError):
+        return fold(name)
+    return ""
 
 
-def has_role(who: Identity | Person, role: Role) -> bool:
-    """Whether somebody has this role, or one that may do more."""
-    return ROLES.index(who.role) >= ROLES.index(role)
-
-
-def require(role: Role) -> Any:
-    """A dependency: who is asking, if they have this role now; 403 if not."""
-
-    async def check(me: Me) -> Identity:
-        if not has_role(me, role):
-            raise Refused("forbidden", f"Only a person with the role {role!r} may do this")
-        return me
-
-    return Depends(check)
-
-
-Moderator = Annotated[Identity, require("moderator")]
-Admin = Annotated[Identity, require("admin")]
-
-
-async def find_target(username: str, me: Moderator, storage: Database) -> Person:
-    """A dependency: the person in the path; 404 for nobody, 403 for one's equals and betters.
-
-    Admins have no betters, and may act on each other.
-    """
-    try:
-        person = await storage.find_person(folded(username))
-    except ValueError:
-        person = None
-    if person is None:
-        raise HTTPException(404, "There is nobody of this name")
-    if me.role != "admin" and has_role(person, "moderator"):
-        raise Refused("forbidden", f"Only an admin may do this to somebody who is {person.role}")
-    return person
-
-
-Target = Annotated[Person, Depends(find_target)]
-
-
-def end_sockets(tethers: Iterable[Tether], person: Person, reason: str) -> int:
-    """End all of somebody's sockets, and count them."""
-    mine = [tether for tether in tethers if tether.folded == person.folded]
-    for tether in mine:
-        tether.end(1008, reason)
-    log.info("%r: %s, %d sockets", person.name, reason.lower(), len(mine))
-    return len(mine)
-
-
-class NewRole(BaseModel):
-    """What somebody becomes."""
-
-    role: Role
+Username = Annotated[str, AfterValidator(fold_or_nobody)]
+NewRole = Annotated[Literal["member", "moderator", "admin"], Body(embed=True)]
 
 
 @app.put("/users/{username}/role")
-async def set_role(new: NewRole, me: Admin, person: Target, storage: Database) -> dict[str, Any]:
-    if not await storage.set_role(person.folded, new.role):
-        raise HTTPException(409, "The last admin cannot be demoted")
-    log.info("%r: %s, by %r", person.name, new.role, me.user)
-    return {"username": person.name, "role": new.role}
+async def set_role(request: Request, role: NewRole, username: Username, me: Me) -> dict[str, Any]:
+    change = {"type": "role", "folded": username, "role": role, "by": me.name}
+    done = await request.app.state.change(change)
+    return {"username": done["user"], "role": role}
 
 
 @app.post("/users/{username}/kick")
-async def kick(person: Target, tethers: Tethers) -> dict[str, Any]:
+async def kick(request: Request, username: Username, me: Me) -> dict[str, Any]:
     """Close somebody's sockets. They may come back."""
-    return {"username": person.name, "sockets": end_sockets(tethers, person, "Kicked")}
+    done = await request.app.state.change({"type": "kick", "folded": username, "by": me.name})
+    return {"username": done["user"], "sockets": done["sockets"]}
 
 
 @app.post("/users/{username}/ban")
-async def ban(person: Target, storage: Database, tethers: Tethers) -> dict[str, Any]:
+async def ban(request: Request, username: Username, me: Me) -> dict[str, Any]:
     """Let somebody log in and send no more, and close their sockets."""
-    if not await storage.set_banned(person.folded, True):
-        raise HTTPException(409, "The last admin cannot be banned")
-    sockets = end_sockets(tethers, person, "Banned")
-    return {"username": person.name, "banned": True, "sockets": sockets}
+    done = await request.app.state.change({"type": "ban", "folded": username, "by": me.name})
+    return {"username": done["user"], "banned": True, "sockets": done["sockets"]}
 
 
 @app.post("/users/{username}/unban")
-async def unban(person: Target, storage: Database) -> dict[str, Any]:
-    await storage.set_banned(person.folded, False)
-    return {"username": person.name, "banned": False}
+async def unban(request: Request, username: Username, me: Me) -> dict[str, Any]:
+    done = await request.app.state.change({"type": "unban", "folded": username, "by": me.name})
+    return {"username": done["user"], "banned": False}
 
 
-# ======================================================================================
-# 9. Rooms
-#
+# 9. Rooms =============================================================================
 # The textbook keeps a list of sockets and awaits each in turn: one reader that stalls
-# stops everybody. Here a room is a log, and a client a set of cursors into logs. Sending
-# appends to a log and wakes its followers; each reads on from its own cursor, at its own
-# pace, and nobody waits for anybody. One that wakes late reads all it missed as one frame,
-# so the busier a room, the less each message costs.
+# stops everybody. Here a room is a log, and a client a set of cursors into logs. Whatever
+# changes is posted; one committer applies all that waits in one transaction, and shows it:
 #
-#   reader (one a socket)       committer (one)                  writer (one a socket)
-#   check, post() --pending-->  take all that is pending --log-> read my rooms from my
-#                               one transaction, then append     cursors, send one frame
+#   whoever wants something      committer (one)                     room
+#   changed: post(change) -----> take all that is pending --show--> append to the log, and
+#      ^                         apply it in one transaction         write it at once to each
+#      +------ its outcome ----- in the database thread              follower that is up to date
 #
-# A private conversation is a room with two members, and is named after them: @alice+bob.
-#
-# Everything below runs in the event loop and belongs to it, hence no locks; what must not
-# be interrupted is a plain function without `await`.
-# ======================================================================================
+# The bytes are made once for all. A follower whose line takes no more reads on from its cursors
+# when it can: all that it missed as one frame. So nobody waits for anybody, and the busier a
+# room, the less each message costs. All of it runs in the event loop, hence no locks; what
+# must not be interrupted is a plain function without `await`.
 
-WINDOW = 1_000  # newest events that an open room keeps, and most messages that are resumed
-WINDOW_SIZE = 1 * MIB  # characters in these events, in both cases
-HISTORY = 50  # messages shown on joining
-MAX_BATCH = 250  # messages in one transaction; well below WINDOW, or batches outrun readers
-MAX_PENDING = 10_000  # messages that may wait for the disk before new ones are refused
-MAX_FRAME = 256 * KIB  # characters after which a frame takes no further batch
+MAX_BATCH = 250  # changes in one transaction; well below WINDOW, or batches outrun readers
+MAX_PENDING = 10_000  # changes that may wait for the disk before new messages are refused
+MAX_FRAME = 256 * KIB  # bytes after which a frame takes no further batch
 MAX_FRAMES = 32  # of plain text that are sent one by one; more go out as lines of one frame
-MAX_OUTBOX = 2 * WINDOW + 100  # personal events that may wait for one client: a resume's too
+MAX_OUTBOX = 4 * MIB  # bytes that may wait for one client alone; a resume's fit
 MAX_ROOMS = 100  # rooms that one client may follow
-SEARCHED = 500  # messages that a search reads at a time
-TYPING_RATE = 1  # notices a second of one person in one room; they take room in its window
+MAX_CONVERSATIONS = 1_000  # that a welcome lists
+NOTICES = ("joined", "left", "typing")  # these need no database
+
+# The changes that end sockets, of a person or, where they name a ``sid``, of a log-in.
+ENDS_SOCKETS = {"kick": "Kicked", "ban": "Banned", "logout": "Unauthorized: Logged out"}
+TOO_SLOW = ("unavailable", "Too slow")
+
+Encode = Callable[[Iterable[Event]], list[bytes]]  # events to lines
+Done = Callable[[Event | Refused], object]  # told what became of a change
 
 
-def private_room(one: str, other: str) -> str:
-    """The name of the private conversation of these two."""
-    return "@" + "+".join(sorted((one, other)))
+def as_json(events: Iterable[Event]) -> list[bytes]:
+    return [to_json(event) for event in events]
+
+
+def as_plain(events: Iterable[Event]) -> list[bytes]:
+    """Plain text: a line for each event that has a form for people to read."""
+    lines: list[bytes] = []
+    for event in events:
+        match event:
+            case {"type": "message", "room": room, "user": user}:
+                # Indented, a further line cannot pass for another person's message.
+                text = "\n    ".join(event["text"].splitlines())
+                lines.append(f"{'[private] ' if members(room) else ''}{user}: {text}".encode())
+            case {"type": "joined" | "left" as happened, "user": user}:
+                lines.append(f"{user} {happened} the chat!".encode())
+            case {"type": "history", "messages": messages, "complete": complete}:
+                lines += [] if complete else [b"Error: older messages are missing here"]
+                lines += as_plain(messages)
+            case {"type": "error", "message": message}:
+                lines.append(f"Error: {message}".encode())
+            case {"type": "text", "text": text}:
+                lines.append(text.encode())
+    return lines
 
 
 def members(room: str) -> list[str]:
@@ -1611,49 +1273,104 @@ def members(room: str) -> list[str]:
     return room[1:].split("+") if room.startswith("@") else []
 
 
-Encode = Callable[[Sequence[Event]], list[str]]  # events to frames
+class Frames:
+    """Lines as text frames, and their bytes on the wire."""
+
+    def __init__(self, lines: list[bytes], encode: Encode) -> None:
+        as_one = encode is as_json or len(lines) > MAX_FRAMES
+        self.payloads = [b"\n".join(lines)] if lines and as_one else lines
+
+        frames = (Frame(Opcode.TEXT, payload) for payload in self.payloads)
+        self.wire = b"".join(frame.serialize(mask=False) for frame in frames)
 
 
-def as_json(events: Sequence[Event]) -> list[str]:
-    """``lobby.v1``: one frame, one JSON object a line."""
-    dumps = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
-    return ["\n".join(map(dumps, events))]
-
-
-def as_plain(events: Sequence[Event]) -> list[str]:
-    """Plain text: a frame for each event that has a form for people to read."""
-    frames: list[str] = []
-    for event in events:
-        match event:
-            case {"type": "message"}:
-                # Indented, a further line cannot pass for another person's message.
-                text = "\n    ".join(event["text"].splitlines())
-                private = "[private] " if members(event["room"]) else ""
-                frames.append(f"{private}{event['user']}: {text}")
-            case {"type": "joined" | "left"}:
-                frames.append(f"{event['user']} {event['type']} the chat!")
-            case {"type": "history"}:
-                if not event["complete"]:
-                    frames.append("Error: older messages are missing here")
-                frames += as_plain(event["messages"])
-            case {"type": "error"}:
-                frames.append(f"Error: {event['message']}")
-            case {"type": "text"}:
-                frames.append(event["text"])
-    return frames
-
-
-class Batch:
+class Batch(dict[Encode, Frames]):
     """Events that entered a room's log together, and their frames, made once for all readers."""
 
     def __init__(self, events: Sequence[Event]) -> None:
         self.events = events
-        self.encoded: dict[Encode, list[str]] = {}
+        self.size = sum(map(size_of, events))
 
-    def frames(self, encode: Encode) -> list[str]:
-        if encode not in self.encoded:
-            self.encoded[encode] = encode(self.events)
-        return self.encoded[encode]
+    def __missing__(self, encode: Encode) -> Frames:
+        self[encode] = Frames(encode(self.events), encode)
+        return self[encode]
+
+
+class Outlet:
+    """By which frames leave: if it is ``ready`` for some, and ``on_ready`` when it is again. Here
+    a task awaits ``send_text``; chapter 11 has one that needs no task."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self.websocket = websocket
+        self.ready = True
+        self.on_ready: Callable[[], None] | None = None
+
+    def write(self, frames: Frames) -> None:
+        self.ready, self.sending = False, asyncio.create_task(self._send(frames))
+
+    async def _send(self, frames: Frames) -> None:
+        with suppress(Exception):  # it is closed, as its reader is told too
+            for payload in frames.payloads:
+                await self.websocket.send_text(payload.decode())
+            self.ready = True
+            if self.on_ready:
+                self.on_ready()
+
+
+class Client(Connection):
+    """One open chat socket: who holds it, and how far it has read each of its rooms."""
+
+    def __init__(self, websocket: WebSocket, me: Bearer, encode: Encode) -> None:
+        super().__init__(websocket, me)
+        self.encode = encode
+        self.cursors: dict[Room, int] = {}
+        self.outbox: list[bytes] = []  # lines for this client alone, before what its rooms have
+        self.emptied: asyncio.Future[None] | None = None  # while somebody waits for that
+        self.outlet = websocket.scope.get("extensions", {}).get("lobby") or Outlet(websocket)
+        self.outlet.on_ready = self.flush
+
+    def take(self, most: float = math.inf) -> list[bytes]:
+        """What is new for this client, as lines, until it is ``most`` bytes; moves its cursors."""
+        lines, self.outbox = self.outbox, []
+        size = sum(map(len, lines))
+        for room in self.cursors:
+            for batch in room.batches[self.cursors[room] - room.first :]:
+                if size > most:
+                    break
+                lines += batch[self.encode].payloads
+                size += sum(map(len, batch[self.encode].payloads))
+                self.cursors[room] += 1
+        return lines
+
+    def hear(self, room: Room, batch: Batch, number: int) -> None:
+        """Write a new batch at once, if all before it was read, and the outlet is ready."""
+        if self.cursors[room] == number and not self.outbox and self.outlet.ready:
+            self.cursors[room] += 1
+            self.outlet.write(batch[self.encode])
+        elif self.cursors[room] < room.first:
+            self.end(*TOO_SLOW)  # what it would read next is forgotten
+        else:
+            self.flush()
+
+    def flush(self) -> None:
+        while self.outlet.ready and not self.ended_by and (lines := self.take(MAX_FRAME)):
+            self.outlet.write(Frames(lines, self.encode))
+        if self.emptied and not self.outbox:
+            self.emptied.set_result(None)
+            self.emptied = None
+
+    def tell(self, *events: Event) -> None:
+        """Say something to this client alone, after what it has not read yet: ids only grow."""
+        self.outbox = self.take() + self.encode(events)
+        self.flush()
+        if sum(map(len, self.outbox)) > MAX_OUTBOX:
+            self.end(*TOO_SLOW)
+
+    async def has_read(self) -> None:
+        """Wait until what was told to this client alone is on its way."""
+        while self.outbox:
+            self.emptied = asyncio.get_running_loop().create_future()
+            await self.emptied
 
 
 class Room:
@@ -1662,405 +1379,173 @@ class Room:
     def __init__(self, name: str) -> None:
         self.name = name
         self.followers: set[Client] = set()
+        self.people: Counter[str] = Counter()  # who is here, with how many sockets
         self.batches: list[Batch] = []
         self.first = 0  # the number of batches[0]
-        self.events = 0  # in all batches
-        self.size = 0  # characters in all batches
-
-    @property
-    def end(self) -> int:
-        """The cursor of a client that has read everything."""
-        return self.first + len(self.batches)
-
-    @property
-    def people(self) -> set[str]:
-        """Who is here, with however many sockets."""
-        return {client.owner.user for client in self.followers}
+        self.size = 0.0  # of all batches
 
     def append(self, events: Sequence[Event]) -> None:
-        """Add a batch, forget what the window no longer holds, and wake the followers."""
-        self.batches.append(Batch(events))
-        self.events += len(events)
-        self.size += sum(map(size_of, events))
-        while (self.events > WINDOW or self.size > WINDOW_SIZE) and len(self.batches) > 1:
-            forgotten = self.batches.pop(0).events
-            self.events -= len(forgotten)
-            self.size -= sum(map(size_of, forgotten))
+        """Add a batch, forget what the window no longer holds, and write to the followers."""
+        batch, newest = Batch(events), self.first + len(self.batches)
+        self.batches.append(batch)
+        self.size += batch.size
+        while self.size > WINDOW and len(self.batches) > 1:
+            self.size -= self.batches.pop(0).size
             self.first += 1
         for client in self.followers:
-            client.wake.set()
-
-    def since(self, cursor: int) -> list[Batch]:
-        """The batches from this cursor on. Raises LookupError if the first is forgotten."""
-        if cursor < self.first:
-            raise LookupError(cursor)
-        return self.batches[cursor - self.first :]
-
-
-class Client:
-    """One open chat socket: who holds it, and how far it has read each of its rooms.
-
-    Only ``write`` sends on the socket, only its handler receives. Whoever wants to say
-    something to it alone puts that into ``outbox`` and wakes it.
-    """
-
-    def __init__(
-        self, websocket: WebSocket, owner: Identity, tether: Tether, encode: Encode
-    ) -> None:
-        self.websocket = websocket
-        self.owner = owner
-        self.tether = tether
-        self.encode = encode
-        self.cursors: dict[Room, int] = {}
-        self.outbox: list[Event] = []
-        self.held: list[Event] | None = []  # private messages that come during a join
-        self.wake = asyncio.Event()  # there is something new to send
-        self.taken = asyncio.Event()  # nothing is left in the outbox
-
-    def take(self) -> list[str]:
-        """The frames of all that is new for this client, or of much of it; moves its cursors."""
-        frames = self.encode(self.outbox) if self.outbox else []
-        self.outbox = []
-        self.taken.set()
-        size = sum(map(len, frames))
-        for room in self.cursors:
-            for batch in room.since(self.cursors[room]):
-                if size > MAX_FRAME:
-                    self.wake.set()  # to come back for the rest
-                    break
-                new = batch.frames(self.encode)
-                frames += new
-                size += sum(map(len, new))
-                self.cursors[room] += 1
-        as_one = self.encode is as_json or len(frames) > MAX_FRAMES
-        return ["\n".join(frames)] if frames and as_one else frames
-
-    async def write(self) -> None:
-        """Send whatever is new, whenever something is. Raises WebSocketException when too slow."""
-        while True:
-            await self.wake.wait()
-            self.wake.clear()
             try:
-                frames = self.take()
-            except LookupError:
-                raise WebSocketException(1013, "Too slow") from None
-            for frame in frames:
-                await self.websocket.send_text(frame)
-
-
-class RateLimit:
-    """So many messages a second for each person, and bursts of three times that.
-
-    The generic cell rate algorithm: of each person only the time is kept at which they
-    will have used up nothing, and each message moves it on by 1/rate.
-    """
-
-    def __init__(self, rate: float) -> None:
-        self.step = 1 / rate if rate else 0.0  # seconds
-        self.burst = max(0.0, 3 - self.step)  # seconds that somebody may be ahead
-        self.free_at: dict[str, float] = {}
-
-    def retry_after(self, user: str) -> float:
-        """0 if they may send now, which counts; else the seconds until they may."""
-        now = time.monotonic()
-        free_at = max(now, self.free_at.get(user, now))
-        if free_at - now > self.burst:
-            return round(free_at - now - self.burst, 3)
-        self.free_at[user] = free_at + self.step
-        if len(self.free_at) > 10_000:
-            self.free_at = {name: at for name, at in self.free_at.items() if at > now}
-        return 0
-
-
-def history_event(room: str, messages: list[Event], more: bool, complete: bool = True) -> Event:
-    event: Event = {"type": "history", "room": room, "messages": messages}
-    return event | {"more": more, "complete": complete}
+                client.hear(self, batch, newest)
+            except Exception:  # it must not stop the others
+                log.exception("unexpected error in writing to %r", client.me.name)
 
 
 class ConnectionManager:
-    """Owns the rooms and the clients, and the one way by which events enter rooms.
+    """Owns the rooms and the clients, and the one way by which anything changes."""
 
-    Notices take that way too: were they announced at once, somebody would be said to have
-    left before their last message.
-    """
-
-    def __init__(self, storage: Storage, settings: Settings) -> None:
+    def __init__(self, storage: Storage, connections: set[Connection]) -> None:
         self.storage = storage
-        self.limit = RateLimit(settings.rate)
-        self.join_limit = RateLimit(settings.rate)
-        self.typing_limit = RateLimit(TYPING_RATE)
-        self.sockets_per_user = settings.sockets_per_user
+        self.connections = connections
         self.rooms: dict[str, Room] = {}
         self.clients: dict[str, set[Client]] = {}  # of each person who is online
-        self.searching: set[str] = set()  # who waits for a search
-        self.pending: list[Draft | Event] = []  # in order of arrival
+        self.pending: list[tuple[Event, Done | None]] = []  # in order of arrival
         self.posted = asyncio.Event()
-        self.stopping = False
 
-    # -- Clients ----------------------------------------------------------------------
-
-    async def connect(self, client: Client) -> None:
-        """Let a client in. Closes it with 1013 when its owner has too many sockets open.
-
-        The welcome comes first, even if somebody writes to its owner while it is made.
-        """
-        me = client.owner
-        mine = self.clients.setdefault(me.user, set())
-        if self.sockets_per_user and len(mine) >= self.sockets_per_user:
-            raise WebSocketException(1013, "Too many sockets")
+    def connect(self, client: Client, limit: int) -> None:
+        """Let a client in, and welcome it. Refused if its owner has ``limit`` sockets already."""
+        me = client.me
+        mine = self.clients.setdefault(me.name, set())
+        must(not limit or len(mine) < limit, "unavailable", "Too many sockets")
         mine.add(client)
-        private = await self.storage.conversations(me.user)
-        welcome: Event = {"type": "welcome", "user": me.user, "role": me.role}
-        welcome |= {"epoch": self.storage.epoch, "expires_at": me.exp, "rooms": private}
-        client.outbox.insert(0, welcome)
-        client.wake.set()
+        welcome: Event = {"type": "welcome", "user": me.name, "role": me.role}
+        private = sorted(room for room, _ in self.storage.rooms(me.name, MAX_CONVERSATIONS))
+        more = {"epoch": self.storage.epoch, "expires_at": me.ends, "rooms": private}
+        client.tell(welcome | more)
 
     def disconnect(self, client: Client) -> None:
-        """Forget a client, wherever it is."""
         for room in list(client.cursors):
             self.leave(client, room)
-        mine = self.clients[client.owner.user]
-        mine.discard(client)
-        if not mine:
-            del self.clients[client.owner.user]
+        client.outlet.on_ready = None  # nothing refers back, so nothing is left to collect
+        self.clients[client.me.name].discard(client)
+        if not self.clients[client.me.name]:
+            del self.clients[client.me.name]
 
     def send_personal_message(self, event: Event, client: Client) -> None:
         """Say something to one client. One that lets too much pile up is closed with 1013."""
-        client.outbox.append(event)
-        client.taken.clear()
-        client.wake.set()
-        if len(client.outbox) > MAX_OUTBOX:
-            client.tether.end(1013, "Too slow")
+        client.tell(event)
 
-    # -- Rooms ------------------------------------------------------------------------
-
-    async def find_room(self, name: str, user: str) -> str:
-        """The true name of a room, if this person may see it. Whoever names a room comes here.
-
-        Raises Refused otherwise, and says the same of a conversation between others as of
-        one that cannot be.
-        """
-        if not members(name):
-            return name
-        try:
-            one, other = members(name)
-            names = [folded(one), folded(other)]
-            names.remove(folded(user))
-            person = await self.storage.find_person(names[0])
-        except ValueError:  # not two, no name, or not mine
-            person = None
-        if person is None:
-            raise Refused("unknown_room", "No such room or person")
-        return private_room(user, person.name)
-
-    async def history(self, room: str, after: int | None, epoch: str | None) -> list[Event]:
-        """All that has happened since ``after``; the newest page if that is not to be had.
-
-        It is not if there is no ``after``, if more has come since than a room's window holds,
-        or if it is the id of another database's message.
-        """
-        storage = self.storage
-        if after is not None and epoch in (None, storage.epoch) and after <= storage.last_id:
-            missed = await storage.since(room, after, WINDOW, WINDOW_SIZE)
-            if missed:
-                messages, deleted = missed
-                return [history_event(room, messages, more=False), *deleted]
-        messages, more = await storage.page(room, HISTORY)
-        return [history_event(room, messages, more, complete=after is None)]
-
-    async def join(
-        self, client: Client, name: str, after: int | None = None, epoch: str | None = None
-    ) -> None:
-        """Show a room's past and who is here, and follow it from now on.
-
-        No message falls between the past and now, or into both: one thread stores and reads,
-        and its answers come back in the order they were asked for. So when the history is
-        here, the log has had exactly the messages before it. Joining again shows it again.
-        """
-        while wait := self.join_limit.retry_after(client.owner.user):
-            await asyncio.sleep(wait)  # everybody in the room hears of joins
-        past: list[Event] = []
-        if client.encode is as_json or after is not None:
-            past = await self.history(name, after, epoch)
-        room = self.rooms.setdefault(name, Room(name))
-        people, user = room.people, client.owner.user
-        if room in client.cursors:
-            self.catch_up(client, room)
-        for event in past:
-            self.send_personal_message(event, client)
-        presence = {"type": "presence", "room": name, "users": sorted(people | {user})}
-        self.send_personal_message(presence, client)
-        room.followers.add(client)
-        client.cursors[room] = room.end
-        if user not in people:
-            self.announce({"type": "joined", "room": name, "user": user})
+    def join(self, client: Client, name: str, past: Sequence[Event]) -> None:
+        """Show a room's past and who is here, and follow it from now on. No message falls between
+        or into both: the past ends with the newest that was shown, what is shown later is appended
+        to the log."""
+        room, user = self.rooms.get(name) or Room(name), client.me.name
+        if room not in client.cursors:
+            may = len(client.cursors) < MAX_ROOMS
+            must(may, "forbidden", f"One socket follows at most {MAX_ROOMS} rooms")
+            self.rooms[name] = room
+            client.cursors[room] = room.first + len(room.batches)
+            room.followers.add(client)
+            room.people[user] += 1
+            if room.people[user] == 1:
+                self.post({"type": "joined", "room": name, "user": user})
+        client.tell(*past, {"type": "presence", "room": name, "users": sorted(room.people)})
 
     def leave(self, client: Client, room: Room) -> None:
         """Stop following a room, once what was already said in it is on its way."""
-        self.catch_up(client, room)
+        client.tell()
         del client.cursors[room]
         room.followers.discard(client)
-        if client.owner.user not in room.people:
-            self.announce({"type": "left", "room": room.name, "user": client.owner.user})
+        room.people[client.me.name] -= 1
+        if not room.people[client.me.name]:
+            del room.people[client.me.name]
+            self.post({"type": "left", "room": room.name, "user": client.me.name})
         if not room.followers:
             del self.rooms[room.name]
 
-    def catch_up(self, client: Client, room: Room) -> None:
-        """Put what a client has not read of a room before what it is told next."""
-        try:
-            for batch in room.since(client.cursors[room]):
-                client.outbox += batch.events
-        except LookupError:
-            client.tether.end(1013, "Too slow")
-        client.cursors[room] = room.end
-
-    async def search(
-        self, user: str, room: str, limit: int, before: int, after: int | None, q: str
-    ) -> tuple[list[Event], bool]:
-        """Like Storage.page, but only messages with ``q`` in their text, whatever the case.
-
-        It reads page after page, so that others get in between. An index of all parts of all
-        texts would be quicker, but storing would take three times as long, and deleted texts
-        would have to be wiped out of it too. Raises Refused if the last one still runs.
-        """
-        if user in self.searching:
-            raise Refused("rate_limited", "Your last search still runs", retry_after=1)
-        self.searching.add(user)
-        found: list[Event] = []
-        more = True
-        try:
-            while more and len(found) <= limit:
-                page, more = await self.storage.page(room, SEARCHED, before, after)
-                hits = [event for event in page if q.casefold() in event["text"].casefold()]
-                if after is None:
-                    found = hits + found
-                    before = page[0]["id"] if page else before
-                else:
-                    found += hits
-                    after = page[-1]["id"] if page else after
-        finally:
-            self.searching.discard(user)
-        return found[-limit:] if after is None else found[:limit], len(found) > limit
-
-    # -- Messages ---------------------------------------------------------------------
-
-    def spend(self, user: str) -> None:
-        """Count something that others notice. Raises Refused if it is too much."""
-        if wait := self.limit.retry_after(user):
-            raise Refused("rate_limited", "You are sending too fast", retry_after=wait)
-
-    def post(self, draft: Draft) -> None:
-        """Queue a message for storing. Raises Refused, and keeps nothing, when it may not be."""
-        self.spend(draft.user)
-        if len(self.pending) >= MAX_PENDING:
+    def post(self, change: Event, done: Done | None = None) -> None:
+        """Queue a change or a notice. Refuses messages if too much waits already."""
+        if len(self.pending) >= MAX_PENDING and change["type"] in ("message", "typing"):
             raise Refused("unavailable", "Too much waits to be stored, try again", retry_after=1)
-        self.pending.append(draft)
+        self.pending.append((change, done))
         self.posted.set()
 
-    def announce(self, notice: Event) -> None:
-        """Queue a notice behind the messages that came before it; it is not stored."""
-        self.pending.append(notice)
-        self.posted.set()
-
-    def typing(self, client: Client, room: str) -> None:
-        """Announce in a room where somebody is that they write; too often is not said again."""
-        user = client.owner.user
-        if self.rooms.get(room) not in client.cursors and not members(room):
-            raise Refused("forbidden", "Join the room first")
-        if len(self.pending) < MAX_PENDING and not self.typing_limit.retry_after(f"{user} {room}"):
-            self.announce({"type": "typing", "room": room, "user": user})
-
-    async def delete(self, room: str, id: int) -> bool:
-        """Delete a message and say so; False if there is none.
-
-        Said at once, it still comes after the message and before whatever is stored later,
-        for the same reason as in ``join``.
-        """
-        deleted = await self.storage.delete(id)
-        if deleted:
-            self.broadcast(room, [{"type": "deleted", "room": room, "id": id}])
-        return deleted
+    async def change(self, change: Event) -> Event:
+        """Post a change, and wait for the event that it becomes. Raises Refused."""
+        future: asyncio.Future[Event | Refused] = asyncio.get_running_loop().create_future()
+        self.post(change, lambda outcome: None if future.done() else future.set_result(outcome))
+        outcome = await future  # as a result: a refusal that nobody waits for is no error
+        if isinstance(outcome, Refused):
+            raise outcome
+        return outcome
 
     async def commit_forever(self) -> None:
-        """The committer: store what is pending, then show it. Runs until ``stop``."""
-        while not self.stopping or self.pending:
+        """The committer: apply what is pending, then show it."""
+        while True:
             await self.posted.wait()
-            self.posted.clear()
-            while self.pending:
-                # People who were shown the last batch together answer together: as long as
-                # more comes at every turn of the loop, it goes into the same transaction.
-                before = -1
-                while before < len(self.pending) < MAX_BATCH:
-                    before = len(self.pending)
-                    await asyncio.sleep(0)
-                batch, self.pending = self.pending[:MAX_BATCH], self.pending[MAX_BATCH:]
-                try:
-                    await self._commit(batch)
-                except Exception:
-                    log.exception("unexpected error in the committer")
+            # People who were shown the last batch together answer together: as long as more
+            # comes at every turn of the loop, it goes into the same transaction.
+            before = -1
+            while before < len(self.pending) < MAX_BATCH:
+                before = len(self.pending)
+                await asyncio.sleep(0)
+            batch, self.pending = self.pending[:MAX_BATCH], self.pending[MAX_BATCH:]
+            if not self.pending:
+                self.posted.clear()
+            try:
+                await self.commit(batch)
+            except Exception:
+                log.exception("unexpected error in the committer")
 
-    async def _commit(self, batch: Sequence[Draft | Event]) -> None:
-        drafts = [item for item in batch if isinstance(item, Draft)]
-        try:
-            stored = await self.storage.append(drafts) if drafts else []
-        except Refused as error:  # each sender is told below
-            stored = [(error.event, False)] * len(drafts)
-        outcomes = iter(stored)
-        shown = [next(outcomes) if isinstance(item, Draft) else (item, True) for item in batch]
-        by_room = group_by_key((event["room"], event) for event, is_new in shown if is_new)
-        for room, events in by_room.items():
-            self.broadcast(room, events)
-        for draft, (event, is_new) in zip(drafts, stored, strict=True):
-            draft.done(event, is_new)
+    async def commit(self, batch: Sequence[tuple[Event, Done | None]]) -> None:
+        """Number the messages, apply the changes, and show what became of each."""
+        changes = [change for change, _ in batch if change["type"] not in NOTICES]
+        messages = [change for change in changes if change["type"] == "message"]
+        for id, message in enumerate(messages, self.storage.shown + 1):
+            message |= {"id": id, "at": round(time.time(), 3)}
+        run = asyncio.get_running_loop().run_in_executor
+        applied = await run(self.storage.thread, self.storage.apply, changes) if changes else []
+        self.storage.shown += len(messages)
+        rest = iter(applied)
+        outcomes = [change if change["type"] in NOTICES else next(rest) for change, _ in batch]
+        self.show(event for event in outcomes if not isinstance(event, Refused | Repeated))
+        for (_, done), outcome in zip(batch, outcomes, strict=True):
+            if done:
+                done(outcome)
+
+    def show(self, events: Iterable[Event]) -> None:
+        """Show what happened to rooms, and to sockets that end by it."""
+        news: dict[str, list[Event]] = {}
+        for event in events:
+            if "room" in event:
+                news.setdefault(event["room"], []).append(event)
+            elif event["type"] in ENDS_SOCKETS:
+                whose = [one for one in self.connections if one.me.name == event["user"]]
+                mine = [one for one in whose if one.me.sid == event.get("sid", one.me.sid)]
+                for connection in mine:
+                    connection.end("forbidden", ENDS_SOCKETS[event["type"]])
+                event["sockets"] = len(mine)
+                log.info("%s: %r, %d sockets", event["type"], event["user"], len(mine))
+        for room, of_room in news.items():
+            self.broadcast(room, of_room)
 
     def broadcast(self, room: str, events: Sequence[Event]) -> None:
-        """Append to a room's log, and wake whoever follows it. Waits for nobody.
-
-        Those whose private conversation it is are told of it on every socket that they have;
-        who came and left there, only where it is followed.
-        """
+        """Append to a room's log, which writes to its followers. In a private conversation, tell
+        the other sockets of the two as well, except who came and went."""
         if room in self.rooms:
             self.rooms[room].append(events)
-        for client in {client for user in members(room) for client in self.clients.get(user, ())}:
+        private = [event for event in events if event["type"] not in ("joined", "left")]
+        for client in {client for name in members(room) for client in self.clients.get(name, ())}:
             if self.rooms.get(room) not in client.cursors:
-                for event in events:
-                    if event["type"] not in ("joined", "left"):
-                        self.tell_privately(event, client)
-
-    def tell_privately(self, event: Event, client: Client) -> None:
-        """Tell a client of a private conversation that it does not follow.
-
-        While it joins a room, this is put off: it may be this one, and then its history, or
-        its log, will have the event in its place.
-        """
-        if client.held is None:
-            self.send_personal_message(event, client)
-        elif len(client.held) < MAX_OUTBOX:
-            client.held.append(event)
-        else:
-            client.tether.end(1013, "Too slow")
-
-    def release(self, client: Client) -> None:
-        """Tell what was put off, unless the client follows that conversation now."""
-        held, client.held = client.held or [], None
-        for event in held:
-            if self.rooms.get(event["room"]) not in client.cursors:
-                self.send_personal_message(event, client)
-
-    def stop(self) -> None:
-        """Let the committer end when all that is pending is stored."""
-        self.stopping = True
-        self.posted.set()
+                client.tell(*private)
 
 
-# ======================================================================================
-# 10. The chat
-#
-# A client may send anything at any time. So what it may say is a closed set of types, each
-# checked in one place; what is wrong is answered with an error event that names it, and
-# the socket stays open. Whatever is right is then a line or two in the words of chapter 9.
-# ======================================================================================
+# 10. The chat =========================================================================
+# A client may send anything at any time. So what it may say is a closed set of types, with
+# each field checked in one place; what is wrong is answered with an error event that names
+# it, and the socket stays open. What is right is then a line or two in the words of chapter 9.
 
+CHAT_PROTOCOL = "lobby.v1"
+HISTORY = 50  # messages shown on joining
+TYPING_RATE = 1  # notices a second of one person in one room; they take room in its window
 MAX_TEXT = 4_000  # characters
 # No control characters but tab and line feed, nothing that reverses the text after it.
 FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff]")
@@ -2071,21 +1556,19 @@ def clean_text(text: str) -> str:
     text = text.replace("\r\n", "\n").strip()
     if len(text) <= LONGEST_FORM * MAX_TEXT:
         text = normalize("NFC", text)
-    if not text:
-        raise PydanticCustomError("invalid", "The text is empty")
     if len(text) > MAX_TEXT:
         raise PydanticCustomError("too_long", "The text is longer than 4,000 characters")
-    if FORBIDDEN.search(text):
-        raise PydanticCustomError("invalid", "The text has a character that may not be sent")
+    if not text or FORBIDDEN.search(text):
+        raise PydanticCustomError("invalid", "The text is empty, or has what may not be sent")
     return text
 
 
 def clean_room(name: str) -> str:
-    """A room's name in its one spelling; the two names in ``@alice+bob``, find_room checks."""
+    """A room's name in its one spelling; of ``@alice+bob``, find_room checks the names."""
     try:
         return name if members(name) else clean_name(name)
     except PydanticCustomError as error:
-        raise PydanticCustomError("unknown_room", "No such room: {0}", {"0": str(error)}) from None
+        raise PydanticCustomError("unknown_room", f"No such room: {error}") from None
 
 
 Text = Annotated[str, AfterValidator(clean_text)]
@@ -2093,65 +1576,23 @@ RoomName = Annotated[str, AfterValidator(clean_room)]
 Mid = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
 Id = Annotated[int, Field(ge=0, le=MAX_ID)]
 Limit = Annotated[int, Field(ge=1, le=200)]
+SearchText = Annotated[str, Query(max_length=200), AfterValidator(lambda q: normalize("NFC", q))]
 
 
 class Incoming(BaseModel):
     """What a ``lobby.v1`` client sends; errors never repeat the input, they may be logged."""
 
-    model_config = ConfigDict(strict=True, hide_input_in_errors=True)
+    model_config = ConfigDict(hide_input_in_errors=True)
 
-
-class SendMessage(Incoming):
-    type: Literal["message"]
+    type: Literal["message", "join", "leave", "typing", "history"]
     room: RoomName | None = None
-    to: str | None = None  # a person instead of a room
-    text: Text
-    mid: Mid
-
-    @model_validator(mode="after")
-    def has_one_target(self) -> SendMessage:
-        if (self.room is None) == (self.to is None):
-            raise PydanticCustomError("invalid", "A message goes to a 'room' or 'to' a person")
-        return self
-
-
-class JoinRoom(Incoming):
-    type: Literal["join"]
-    room: RoomName
-    after: Id | None = None
+    to: str | None = None  # of a message: a person instead of a room
+    text: Text | None = None  # of a message, like ``mid``
+    mid: Mid | None = None
+    after: Id | None = None  # of a join, like ``epoch``
     epoch: str | None = None
-
-
-class LeaveRoom(Incoming):
-    type: Literal["leave"]
-    room: RoomName
-
-
-class Typing(Incoming):
-    type: Literal["typing"]
-    room: RoomName
-
-
-class GetHistory(Incoming):
-    type: Literal["history"]
-    room: RoomName
-    before: Id = MAX_ID
+    before: Id = MAX_ID  # of a history, like ``limit``
     limit: Limit = HISTORY
-
-
-AnyIncoming = SendMessage | JoinRoom | LeaveRoom | Typing | GetHistory
-incoming: TypeAdapter[AnyIncoming] = TypeAdapter(
-    Annotated[AnyIncoming, Field(discriminator="type")]
-)
-text_only: TypeAdapter[str] = TypeAdapter(Text)
-
-
-def invalid(error: ValidationError) -> Refused:
-    """The first thing that is wrong, as an error event says it."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    code = first["type"] if first["type"] in ("too_long", "unknown_room") else "invalid"
-    where = ".".join(map(str, first["loc"][1:]))  # without the event's type
-    return Refused(code, f"{where}: {first['msg']}" if where else first["msg"])
 
 
 def mid_of(line: str) -> str | None:
@@ -2161,271 +1602,444 @@ def mid_of(line: str) -> str | None:
     return mid if isinstance(mid, str) and len(mid) <= 64 else None
 
 
-HELP = """\
-/msg bob hi  says hi to bob alone
-/who         who is here
-/help        this text"""
+class RateLimit:
+    """So many a second of each key, in bursts of three times that (generic cell rate algorithm)."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.free_at: dict[str, float] = {}  # when nothing will be used up
+
+    def retry_after(self, key: str, rate: float) -> float:
+        """0 if it may be now, which counts; else the seconds until it may. Rate 0: no limit."""
+        now, step = time.monotonic(), 1 / (rate or math.inf)
+        free_at = max(now, self.free_at.get(key, now)) + step
+        wait = free_at - now - max(3, step)
+        if wait > 0:
+            return round(wait, 3)
+        self.free_at[key] = free_at
+        if len(self.free_at) > 10_000:
+            self.free_at = {key: at for key, at in self.free_at.items() if at > now}
+        return 0
+
+    def spend(self, name: str) -> None:
+        """Count something that others notice. Raises Refused if it is too much."""
+        if wait := self.retry_after(name, self.rate):
+            raise Refused("rate_limited", "You are sending too fast", retry_after=wait)
+
+
+def new_message(room: str, me: Bearer, text: str, mid: str | None) -> Event:
+    """A message that is to be posted; the committer gives it ``id`` and ``at``."""
+    event: Event = {"type": "message", "id": 0, "room": room, "user": me.name, "text": text}
+    return event | {"at": 0.0, "mid": mid}
+
+
+def history_event(room: str, messages: list[Event], more: bool, complete: bool = True) -> Event:
+    event: Event = {"type": "history", "room": room, "messages": messages}
+    return event | {"more": more, "complete": complete}
+
+
+def may_see(room: str, me: Bearer) -> bool:
+    return not members(room) or me.name in members(room)
+
+
+def find_room(storage: Storage, name: str, me: Bearer) -> str:
+    """The true name of a room: whoever names one comes here. A conversation between others is
+    refused in the same words as one that cannot be."""
+    if not members(name):
+        return name
+    with suppress(ValueError, KeyError):  # not two, no name, or not mine
+        one, other = map(fold, members(name))
+        if person := storage.find_person({one: other, other: one}[fold(me.name)]):
+            return "@" + "+".join(sorted((me.name, person["name"])))
+    raise Refused("unknown_room", "No such room or person")
+
+
+HELP = "/msg bob hi  says hi to bob alone\n/who         who is here\n/help        this text"
+
+
+def error_event(error: Refused | ValidationError, mid: str | None) -> Event:
+    if isinstance(error, ValidationError):  # the first thing that is wrong
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        code = first["type"] if first["type"] in REFUSALS else "invalid"
+        error = Refused(code, where + first["msg"])
+    event: Event = {"type": "error", "code": error.code, "message": str(error)}
+    more = {"mid": mid, "retry_after": error.retry_after}
+    return event | {key: value for key, value in more.items() if value}
 
 
 class ChatHandler:
-    """What one client says, understood and done."""
+    def __init__(self, client: Client, manager: ConnectionManager, limit: RateLimit) -> None:
+        self.client, self.me = client, client.me
+        self.manager, self.storage = manager, manager.storage
+        self.limit = limit
 
-    def __init__(self, client: Client, manager: ConnectionManager) -> None:
-        self.client = client
-        self.manager = manager
-        self.user = client.owner.user
-
-    def tell(self, event: Event) -> None:
-        self.manager.send_personal_message(event, self.client)
-
-    def tell_error(self, error: Refused, mid: str | None) -> None:
-        self.tell(error.event | ({"mid": mid} if mid else {}))
-
-    async def read(self, query: dict[str, str]) -> None:
-        """The reader: join what the URL asks for, then do what each frame asks for.
-
-        Who does not read its answers is not listened to.
-        """
-        await self.attempt(self.enter(query))
-        self.manager.release(self.client)
+    async def listen(self) -> None:
+        """Join what the URL asks for, then do what each frame asks for."""
+        is_json = self.client.encode is as_json
+        query = {"room": "lobby", **self.client.websocket.query_params, "type": "join"}
+        query["room"] = query["room"].replace(" ", "+")  # what a "+" in a query means
+        await self.attempt(self.obey_json, json.dumps(query))
         while True:
             frame = await receive_text(self.client.websocket)
-            if self.client.encode is as_json:
-                for number, line in enumerate(frame.split("\n")):
-                    if number:  # there may be thousands: let others go between, as in `receive`
-                        await asyncio.sleep(0)
-                    await self.client.taken.wait()
-                    await self.attempt(self.handle_json(line), line)
-            else:
-                await self.client.taken.wait()
-                await self.attempt(self.handle_plain(frame), frame)
+            lines = frame.split("\n") if is_json else [frame]
+            for line in lines:
+                await self.attempt(self.obey_json if is_json else self.obey_plain, line)
+                if len(lines) > 1:  # there may be thousands: let others go between
+                    await asyncio.sleep(0)
 
-    async def attempt(self, step: Awaitable[None], frame: str = "") -> None:
-        """Do what a frame asks for, or tell why not."""
+    async def attempt(self, obey: Callable[[str], Awaitable[None]], line: str) -> None:
+        """Do what a line asks for, or tell why not. Who does not read answers has to wait."""
+        await self.client.has_read()
         try:
-            await step
-        except ValidationError as error:
-            self.tell_error(invalid(error), mid_of(frame))
-        except Refused as error:
-            self.tell_error(error, mid_of(frame))
+            await obey(line)
+        except (ValidationError, Refused) as error:
+            self.client.tell(error_event(error, mid_of(line)))
 
-    async def enter(self, query: dict[str, str]) -> None:
-        """Join the room that the socket's URL names, from where it says."""
-        request = {"room": "lobby"} | query | {"type": "join"}
-        request["room"] = request["room"].replace(" ", "+")  # what a "+" in a query means
-        await self.do(incoming.validate_strings(request, strict=False))
+    async def obey_json(self, line: str) -> None:
+        event = Incoming.model_validate_json(line)
+        must(event.mid or event.type != "message", "invalid", "A message has a 'mid'")
+        await self.do(event)
 
-    async def handle_json(self, line: str) -> None:
-        await self.do(incoming.validate_json(line))
-
-    async def handle_plain(self, frame: str) -> None:
-        match frame.split() if frame.startswith("/") else None:
+    async def obey_plain(self, line: str) -> None:
+        """Plain text: a command, or a message to the one room that such a client is in."""
+        room = next(iter(self.client.cursors), None)
+        match line.split() if line.startswith("/") else None:
             case None:
-                text = text_only.validate_python(frame)
-                if not self.client.cursors:
+                if not room:
                     raise Refused("unknown_room", "You are in no room")
-                for room in self.client.cursors:
-                    self.post(room.name, text, None)
+                await self.do(Incoming(type="message", room=room.name, text=line))
             case ["/who"]:
-                for room in self.client.cursors:
-                    self.tell({"type": "text", "text": f"Here: {', '.join(sorted(room.people))}"})
+                here = ", ".join(sorted(room.people)) if room else "nobody"
+                self.client.tell({"type": "text", "text": f"Here: {here}"})
             case ["/msg", name, _, *_]:
-                text = text_only.validate_python(frame.split(maxsplit=2)[2])
-                self.post(await self.find_room(f"@{self.user}+{name}"), text, None)
+                text = line.split(maxsplit=2)[2]
+                await self.do(Incoming(type="message", to=name, text=text))
             case ["/msg", *_]:
                 raise Refused("invalid", "whom, and what? /msg bob hi")
             case ["/help"]:
-                self.tell({"type": "text", "text": HELP})
+                self.client.tell({"type": "text", "text": HELP})
             case _:
                 raise Refused("invalid", "unknown command; /help lists them")
 
-    async def find_room(self, name: str) -> str:
-        return await self.manager.find_room(name, self.user)
+    async def do(self, event: Incoming) -> None:
+        if event.type == "message":
+            is_whole = event.text and (event.room is None) != (event.to is None)
+            must(is_whole, "invalid", "A message has a 'text', and a 'room' or a person ('to')")
+        must(event.room or event.to is not None, "invalid", "Name the 'room'")
+        named = event.room or f"@{self.me.name}+{event.to}"
+        if event.type == "join":
+            while wait := self.limit.retry_after(f"join {self.me.name}", self.limit.rate):
+                await asyncio.sleep(wait)  # everybody in the room hears of joins
+        name = find_room(self.storage, named, self.me)
+        room = self.manager.rooms.get(name)
+        match event.type:
+            case "message":
+                self.send(name, event.text or "", event.mid)
+            case "join":
+                self.join(name, event.after, event.epoch)
+            case "leave" if room in self.client.cursors:
+                self.manager.leave(self.client, room)
+            case "typing":
+                may = room in self.client.cursors or members(name)
+                must(may, "forbidden", "Join the room first")
+                if not self.limit.retry_after(f"typing {self.me.name} {name}", TYPING_RATE):
+                    self.manager.post({"type": "typing", "room": name, "user": self.me.name})
+            case "history":
+                page = self.storage.page(name, event.limit, event.before)
+                self.client.tell(history_event(name, *page))
 
-    async def join(self, event: JoinRoom) -> None:
-        """Join a room, while private messages are held back: see ``tell_privately``."""
-        self.client.held = self.client.held or []
-        if self.client.encode is as_plain and event.after is None:
-            self.manager.release(self.client)  # there will be no history to have them
-        try:
-            room = await self.find_room(event.room)
-            others = {one.name for one in self.client.cursors} - {room}
-            if len(others) >= MAX_ROOMS:
-                raise Refused("forbidden", f"One socket follows at most {MAX_ROOMS} rooms")
-            await self.manager.join(self.client, room, event.after, event.epoch)
-        finally:
-            self.manager.release(self.client)
+    def send(self, room: str, text: str, mid: str | None) -> None:
+        """Post a message. What becomes of it comes back through the room, or to it alone."""
+        self.limit.spend(self.me.name)
 
-    async def do(self, event: AnyIncoming) -> None:
-        if isinstance(event, JoinRoom):
-            await self.join(event)
-            return
-        named = event.room if event.room is not None else f"@{self.user}+{event.to}"
-        room = await self.find_room(named)
-        match event:
-            case SendMessage():
-                self.post(room, event.text, event.mid)
-            case LeaveRoom():
-                for followed in [one for one in self.client.cursors if one.name == room]:
-                    self.manager.leave(self.client, followed)
-            case Typing():
-                self.manager.typing(self.client, room)
-            case GetHistory():
-                page = await self.manager.storage.page(room, event.limit, event.before)
-                self.tell(history_event(room, *page))
+        def answer(outcome: Event | Refused) -> None:
+            is_told = self.manager.rooms.get(room) in self.client.cursors or members(room)
+            if isinstance(outcome, Refused):
+                self.client.tell(error_event(outcome, mid))
+            elif isinstance(outcome, Repeated) or not is_told:
+                self.client.tell(outcome)
 
-    def post(self, room: str, text: str, mid: str | None) -> None:
-        """Send a message. What becomes of it comes back through the room, or to it alone."""
+        self.manager.post(new_message(room, self.me, text, mid), answer)
 
-        def done(event: Event, is_new: bool) -> None:
-            followed = self.manager.rooms.get(room)
-            if event["type"] == "error":
-                self.tell(event | ({"mid": mid} if mid else {}))
-            elif not is_new:
-                if followed and followed in self.client.cursors:
-                    self.manager.catch_up(self.client, followed)  # or it would overtake the others
-                self.tell(event)
-            elif followed not in self.client.cursors and not members(room):
-                self.tell(event)
-
-        self.manager.post(Draft(room, self.user, text, mid, done))
+    def join(self, room: str, after: int | None, epoch: str | None) -> None:
+        """Join, and read on after this id; or show the newest page, if more was missed than a
+        window holds, or the id is of another epoch."""
+        past: list[Event] = []
+        is_ours = epoch in (None, self.storage.epoch)
+        missed = self.storage.missed(room, after) if is_ours and after is not None else None
+        if missed:
+            messages, deleted = missed
+            past = [history_event(room, messages, more=False), *deleted]
+        elif self.client.encode is as_json or after is not None:
+            page = self.storage.page(room, HISTORY)
+            past = [history_event(room, *page, complete=after is None)]
+        self.manager.join(self.client, room, past)
 
 
-Manager = Annotated[ConnectionManager, from_state("manager")]
-
-
-@app.websocket("/ws/chat", dependencies=[Depends(check_origin)])
-async def chat(websocket: WebSocket, tether: MyTether, me: Me, manager: Manager) -> None:
-    """The chat socket: a reader, a writer, and what may end it from elsewhere, side by side."""
-    subprotocol = choose_subprotocol(websocket)
-    await websocket.accept(subprotocol)
-    client = Client(websocket, me, tether, as_json if subprotocol else as_plain)
-    handler = ChatHandler(client, manager)
-    log.info("connected %r from %s", me.user, client_host(websocket))
+@app.websocket("/ws/chat")
+async def chat(websocket: WebSocket) -> None:
+    """The chat socket. Once it is accepted, nothing awaits until the client is welcome."""
+    encode = as_json if CHAT_PROTOCOL in websocket.scope["subprotocols"] else as_plain
+    await websocket.accept(CHAT_PROTOCOL if encode is as_json else None)
+    token, state = await token_of(websocket), websocket.app.state
+    me = state.logins.find_bearer(token)
+    client = Client(websocket, me, encode)
+    log.info("connected %r from %s", me.name, client_host(websocket))
     try:
-        await manager.connect(client)
-        query = dict(websocket.query_params)
-        await side_by_side(handler.read(query), client.write(), tether.hold())
-    except (WebSocketDisconnect, WebSocketException) as end:
-        log.info("disconnected %r: %d %s", me.user, end.code, end.reason)
-        raise
+        async with client:
+            state.manager.connect(client, state.settings.sockets_per_user)
+            await ChatHandler(client, state.manager, state.limit).listen()
     finally:
-        manager.disconnect(client)
-
-
-def visible(rooms: Iterable[str], me: Identity) -> list[str]:
-    """Those of the rooms that are no private conversations of others."""
-    return [room for room in rooms if not members(room) or me.user in members(room)]
+        state.manager.disconnect(client)
+        log.info("disconnected %r", me.name)
 
 
 @app.get("/rooms")
-async def list_rooms(me: Me, storage: Database, manager: Manager) -> list[dict[str, Any]]:
-    """The rooms that the caller may see, and how many people are in each."""
-    online = {name: len(room.people) for name, room in manager.rooms.items()}
-    names = {"lobby", *visible(manager.rooms, me), *await storage.rooms(me.user)}
-    return [{"room": name, "online": online.get(name, 0)} for name in sorted(names)]
-
-
-async def find_room(room: RoomName, me: Me, manager: Manager) -> str:
-    """A dependency: the room in the path, if the caller may see it; 404 if not."""
-    return await manager.find_room(room, me.user)
-
-
-VisibleRoom = Annotated[str, Depends(find_room)]
+async def list_rooms(request: Request, me: Me, limit: Limit = 100, before: Id = MAX_ID) -> Any:
+    """The rooms that the caller may see, the most recently written first; then the unwritten."""
+    storage, opened = request.app.state.storage, request.app.state.manager.rooms
+    written = storage.rooms("", limit, before) + storage.rooms(me.name, limit, before)
+    found = dict(sorted(written, key=itemgetter(1), reverse=True)[:limit])
+    if len(found) < limit and before:
+        others = sorted(room for room in {"lobby", *opened} if may_see(room, me))
+        found |= {room: 0 for room in others if not storage.is_written(room)}
+    online = {room: len(opened[room].people) for room in found if room in opened}
+    rows = [{"room": room, "online": online.get(room, 0), "last_id": found[room]} for room in found]
+    return rows[:limit]
 
 
 @app.get("/rooms/{room}/messages")
 async def read_messages(
-    room: VisibleRoom,
+    request: Request,
     me: Me,
-    manager: Manager,
-    before: Annotated[Id, Query()] = MAX_ID,
-    after: Annotated[Id | None, Query()] = None,
-    limit: Annotated[Limit, Query()] = HISTORY,
-    q: Annotated[
-        str, Query(max_length=200), AfterValidator(functools.partial(normalize, "NFC"))
-    ] = "",
+    room: RoomName,
+    before: Id = MAX_ID,
+    after: Id | None = None,
+    limit: Limit = HISTORY,
+    q: SearchText = "",
 ) -> dict[str, Any]:
-    """A page, oldest first: next to ``after`` if that is given, else next to ``before``.
-
-    With ``q``, only messages with this in their text, taken literally, whatever its case.
-    """
-    if q:
-        messages, more = await manager.search(me.user, room, limit, before, after, q)
-    else:
-        messages, more = await manager.storage.page(room, limit, before, after)
+    """A page, oldest first: after ``after`` if that is given, else before ``before``; with ``q``,
+    of messages that have this in their text, taken literally, whatever its case."""
+    storage = request.app.state.storage
+    where = (find_room(storage, room, me), limit, before, after)
+    messages, more = await storage.search(q, *where) if q else storage.page(*where)
     return {"messages": messages, "more": more}
-
-
-class NewMessage(BaseModel):
-    """A message by HTTP; with a ``mid``, sending it again is safe."""
-
-    text: Text
-    mid: Mid | None = None
 
 
 @app.post("/rooms/{room}/messages", status_code=201)
 async def post_message(
-    room: VisibleRoom, new: NewMessage, me: Me, manager: Manager, response: Response
-) -> Event:
-    """Answers once the message is stored: 201, or 200 with the original for a repeated ``mid``."""
-    outcome: asyncio.Future[tuple[Event, bool]] = asyncio.get_running_loop().create_future()
-
-    def done(event: Event, is_new: bool) -> None:
-        if not outcome.done():  # the client may have gone
-            outcome.set_result((event, is_new))
-
-    manager.post(Draft(room, me.user, new.text, new.mid, done))
-    event, is_new = await outcome
-    if event["type"] == "error":
-        raise Refused(**{key: value for key, value in event.items() if key != "type"})
-    if not is_new:
-        response.status_code = 200
-    return event
+    request: Request,
+    me: Me,
+    room: RoomName,
+    text: Annotated[Text, Body()],
+    mid: Annotated[Mid | None, Body()] = None,
+) -> Response:
+    """Answers once it is stored: 201, or 200 with the original of a ``mid`` sent before."""
+    state = request.app.state
+    message = new_message(find_room(state.storage, room, me), me, text, mid)
+    state.limit.spend(me.name)
+    stored = await state.change(message)
+    return JSONResponse(stored, 200 if isinstance(stored, Repeated) else 201)
 
 
 @app.delete("/rooms/{room}/messages/{id}", status_code=204)
-async def delete_message(room: VisibleRoom, id: Id, me: Me, manager: Manager) -> None:
-    """Delete a message: for its author and for moderators."""
-    author = await manager.storage.find_author(room, id)
-    if author and author != me.user and not has_role(me, "moderator"):
-        raise Refused("forbidden", "Only its author or a moderator may delete a message")
-    manager.spend(me.user)
-    if not author or not await manager.delete(room, id):
-        raise HTTPException(404, "There is no such message in this room")
+async def delete_message(request: Request, me: Me, room: RoomName, id: Id) -> None:
+    state = request.app.state
+    change = {"type": "deleted", "room": find_room(state.storage, room, me), "id": id}
+    state.limit.spend(me.name)
+    await state.change(change | {"by": me.name})
 
 
 @app.get("/users")
-async def list_users(me: Me, manager: Manager) -> list[dict[str, Any]]:
-    """Who is online, and in which of the rooms that the caller may see."""
-    rooms = {
-        name: {room.name for client in clients for room in client.cursors}
-        for name, clients in manager.clients.items()
-    }
-    roles = await manager.storage.roles([folded(name) for name in rooms])
-    return [
-        {"username": name, "role": roles[name], "rooms": sorted(visible(rooms[name], me))}
-        for name in sorted(rooms)
-    ]
+async def list_users(request: Request, me: Me) -> list[dict[str, Any]]:
+    people = []
+    for name, clients in sorted(request.app.state.manager.clients.items()):
+        rooms = {room.name for client in clients for room in client.cursors}
+        seen = sorted(room for room in rooms if may_see(room, me))
+        role = request.app.state.storage.find_person(fold(name))["role"]
+        people.append({"username": name, "role": role, "rooms": seen})
+    return people
 
 
 @app.get("/healthz")
-async def healthz(storage: Database, manager: Manager) -> dict[str, Any]:
+async def healthz(request: Request) -> dict[str, Any]:
     """For whoever watches the server: people online and rooms open; 503 if the database fails."""
-    await storage.count_people()
+    storage, manager = request.app.state.storage, request.app.state.manager
+    storage.query("SELECT 1 FROM people LIMIT 1")
     rooms = [room for room in manager.rooms if not members(room)]
     return {"status": "ok", "online": len(manager.clients), "rooms": len(rooms)}
 
 
-app.add_api_websocket_route("/ws/{session_id}", session_socket)  # the last one: see chapter 6
+# 11. Serving ==========================================================================
+# Importing this file opens nothing: files, threads and tasks start in the lifespan, and end
+# there too. What is shared hangs on `app.state`, so that each start, and each test, has its own.
+# `python app.py` also sets limits to what a socket may cost, which uvicorn leaves open.
+
+QUERY = re.compile(r"\?[^\s\"']*")
 
 
-# ======================================================================================
-# 11. The page
-#
+def hide_queries(record: logging.LogRecord) -> bool:
+    """uvicorn logs every URL, and a token may be in it. (Its formatter wants the args whole.)"""
+    if isinstance(record.args, tuple):
+        args = record.args
+        record.args = tuple(QUERY.sub("?...", a) if isinstance(a, str) else a for a in args)
+    return True
+
+
+DEMO_PEOPLE = {"user1": "password1", "user2": "password2", "admin": "adminpassword"}
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    for name in ("uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).addFilter(hide_queries)
+    settings, state = Settings.from_environment(), app.state
+    with closing(Storage(settings.db)) as storage:
+        state.settings, state.storage, state.origins = settings, storage, settings.origins
+        state.limit = RateLimit(settings.rate)
+        state.connections = set()
+        state.manager = ConnectionManager(storage, state.connections)
+        state.change = state.manager.change
+        state.logins = Logins(settings, storage, state.change)
+        committer = asyncio.create_task(state.manager.commit_forever())
+        try:
+            if settings.demo_users and not storage.query("SELECT 1 FROM people LIMIT 1"):
+                for name, password in DEMO_PEOPLE.items():
+                    role = "admin" if name == "admin" else "member"
+                    await state.logins.register(name, password, role=role)
+            yield
+        finally:
+            await state.change({"type": "stop"})  # changes nothing, but all before it is done
+            committer.cancel()
+            state.logins.threads.shutdown()
+
+
+app.router.lifespan_context = lifespan
+
+STALL_SECONDS = 30  # how long a peer may take no byte of what waits for it
+PONG_SECONDS = 120.0  # a ping may stand behind megabytes for a slow line
+SEND_BUFFER = 256 * KIB  # of the kernel, for each socket: it would hide megabytes
+MAX_FRAGMENTS = 1_024  # frames that one message may come in
+
+
+class ChatProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket protocol, as an outlet, and with what it lacks. What is overridden is no
+    public API, so the tests exercise each method."""
+
+    on_ready: Callable[[], None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.writable.is_set() and not (self.close_sent or self.transport.is_closing())
+
+    def write(self, frames: Frames) -> None:
+        self.transport.write(frames.wire)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.on_ready:
+            self.on_ready()
+
+    def handle_connect(self, event: Any) -> None:
+        super().handle_connect(event)
+        if not self.close_sent:  # it is a handshake
+            self.scope["extensions"]["lobby"] = self  # type: ignore[assignment]
+
+    async def send(self, message: Any) -> None:
+        """Send, unless the client has left during the handshake, which uvicorn overlooks."""
+        if not self.handshake_complete and self.transport.is_closing():
+            raise ClientDisconnected
+        await super().send(message)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; refuse a handshake that is none, on which uvicorn would wait for more."""
+        super().data_received(data)
+        if not self.handshake_initiated:
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        super().on_task_complete(task)
+        if not self.disconnected:  # what waits to be sent may wait forever
+            self.loop.call_later(self.close_timeout, self.transport.abort)
+
+    def handle_ping(self) -> None:
+        if self.writable.is_set():
+            super().handle_ping()
+        else:  # its sender does not read: the answers would pile up
+            self.conn.data_to_send()  # made already; thrown away
+
+    def handle_cont(self, event: Frame) -> None:
+        """Take a fragment; empty ones cost memory without counting for ``ws_max_size``."""
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self.conn.fail(1009, "Too many fragments")
+            self.handle_parser_exception()
+        else:
+            super().handle_cont(event)
+
+
+def listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        where = f"CHAT_HOST={settings.host!r}, CHAT_PORT={settings.port}"
+        raise StartError(f"{where}: {error}") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: who takes nothing is gone, over HTTP too
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
+    return listener
+
+
+def main() -> None:
+    try:
+        settings = Settings.from_environment()
+        with closing(Storage(settings.db)):  # what the lifespan would refuse at length, in one line
+            settings.secret or load_or_create_secret(settings.db)
+        listener = listen(settings)
+    except StartError as error:
+        raise SystemExit(f"Lobby cannot start: {error}") from None
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        http="h11",  # unlike httptools, it takes no more than 64 KiB of headers
+        ws=ChatProtocol,
+        ws_max_size=64 * KIB,
+        ws_ping_timeout=PONG_SECONDS,
+        ws_per_message_deflate=False,  # it would compress the same text once for each reader
+        timeout_graceful_shutdown=5,
+    )
+    host, port = listener.getsockname()[:2]
+    log.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+# 12. The page =========================================================================
 # One constant, sent as it is: nothing is put into it on the server, so nothing can be
 # smuggled in. Its policy lets exactly this script and this style run, by their hashes.
-# ======================================================================================
+
+
+@functools.cache  # at its first use, since the constant stands below
+def page_headers() -> dict[str, str]:
+    hashes = {
+        tag: base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        for tag, content in re.findall(r"<(script|style)>(.*?)</\1>", PAGE, re.DOTALL)
+    }
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
+        f"style-src 'sha256-{hashes['style']}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    return headers | {"Content-Security-Policy": policy}
+
+
+@app.get("/", response_class=HTMLResponse)
+async def page() -> HTMLResponse:
+    return HTMLResponse(PAGE, headers=page_headers())
+
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -2453,7 +2067,7 @@ input, textarea, select, button { font: inherit; color: inherit; background: var
 button { cursor: pointer; background: var(--raised); border-color: transparent; }
 button.main { background: var(--accent); color: var(--on-accent); }
 button.plain { background: none; padding: .1rem .3rem; color: var(--accent); }
-button:hover { filter: brightness(.95); } button:disabled { opacity: .6; cursor: default; }
+button:hover { filter: brightness(.95); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 ::placeholder { color: var(--dim); opacity: 1; }
 .problem { color: var(--wrong); overflow-wrap: anywhere; }
@@ -2823,23 +2437,23 @@ const markRead = () => {
   }
 };
 
+const otherRooms = (room) =>
+  kept(localStorage, `rooms.${me}`, []).filter((name) => keyOf(name) !== room.key);
+
 const openRoom = (name) => {
   const isNew = !rooms.has(keyOf(name));
   current = roomOf(name);
   if (isNew) join(current);
   $("messageText").value = kept(localStorage, `draft.${me}.${current.key}`, "");
   openMenu(false);
-  const others = kept(localStorage, `rooms.${me}`, []).filter((one) => keyOf(one) !== current.key);
-  keep(localStorage, `rooms.${me}`, [...others, current.name]);
+  keep(localStorage, `rooms.${me}`, [...otherRooms(current), current.name]);
   showRoom();
 };
 
 const leaveRoom = () => {
-  const left = current;
-  transmit({type: "leave", room: left.name});
-  rooms.delete(left.key);
-  const others = kept(localStorage, `rooms.${me}`, []).filter((one) => keyOf(one) !== left.key);
-  keep(localStorage, `rooms.${me}`, others);
+  transmit({type: "leave", room: current.name});
+  rooms.delete(current.key);
+  keep(localStorage, `rooms.${me}`, otherRooms(current));
   openRoom("lobby");
   $("messageText").focus();
 };
@@ -2979,7 +2593,6 @@ const showRoom = () => {
   const isPrivate = current.name.startsWith("@");
   $("roomName").textContent = isPrivate ? `Private: ${titleOf(current)}` : current.name;
   $("leave").hidden = current.key === "lobby";
-  markRead();
   showMessages();
   showPending();
   showTyping();
@@ -3047,7 +2660,6 @@ const loadOutbox = () => {
   for (const item of [...outbox.values(), ...found]) if (item) outbox.set(item.mid, item);
   for (const item of outbox.values()) roomOf(item.room);  // to be seen somewhere
   outbox = new Map([...outbox].sort(([, a], [, b]) => a.at - b.at));
-  sending = null;
 };
 
 const post = (room, text) => {
@@ -3136,7 +2748,7 @@ const hearHistory = (room, event) => {
   }
   if (!event.complete) {
     Object.assign(room, {items: [], ids: new Set(), last: null});
-    $("messages").replaceChildren(...(room === current ? [] : $("messages").childNodes));
+    if (room === current) $("messages").replaceChildren();
     if (event.more) note("More was written than is shown here: scroll up for it.", room);
   }
   // A private message may have come before the history that it belongs to.
@@ -3204,7 +2816,7 @@ const hearError = (event) => {
   setTimeout(() => { sending = null; sendNext(); }, event.retry_after * 1000);
 };
 
-const welcome = async (event) => {
+const welcome = (event) => {
   me = event.user;
   roles.set(me, event.role);
   $("myName").textContent = me;
@@ -3266,17 +2878,23 @@ const status = (state, more = "") => {
   $("problem").textContent = state === "connected" ? "" : state + more;
 };
 
-const connect = () => {
+// Lets go of the socket: what it still says is not heard.
+const hangUp = () => {
   clearTimeout(retryTimer);
+  clearTimeout(answerTimer);
+  const old = socket;
+  socket = sending = null;
+  old?.close();
+};
+
+const connect = () => {
+  hangUp();
   const url = socketUrl("ws/chat");
   const room = current ?? {name: "lobby"};
   room.loading = false;
   asked = keyOf(room.name);
   url.search = new URLSearchParams({room: room.name, ...(room.last && {after: room.last, epoch})});
   status("connecting");
-  const old = socket;
-  socket = null;
-  old?.close();
   try {
     socket = openSocket(url, ["lobby.v1", `bearer.${token}`]);
   } catch {
@@ -3295,12 +2913,8 @@ const connect = () => {
   };
 };
 
-const disconnected = (reason = "") => {
-  const old = socket;
-  socket = null;
-  old?.close();
-  clearTimeout(answerTimer);
-  sending = null;
+const disconnected = (reason) => {
+  hangUp();
   let seconds = Math.ceil(Math.min(30, 2 ** retries++) * (0.5 + Math.random()));
   const tick = () => {
     if (seconds <= 0) return connect();
@@ -3308,17 +2922,12 @@ const disconnected = (reason = "") => {
     seconds -= 1;
     retryTimer = setTimeout(tick, 1000);
   };
-  clearTimeout(retryTimer);
   tick();
 };
 
 // Back to the log-in. Nothing of this person stays for the next one to see.
 const refuse = (reason) => {
-  const old = socket;
-  socket = null;
-  old?.close();
-  clearTimeout(answerTimer);
-  clearTimeout(retryTimer);
+  hangUp();
   entries = [];
   $("messageText").value = "";
   for (const id of ["messages", "pending", "frames"]) $(id).replaceChildren();
@@ -3482,7 +3091,7 @@ document.addEventListener("keydown", ({key}) => {
   if ($("wire").contains(document.activeElement)) closeWire();
 });
 addEventListener("focus", lookAround);  // a role may have changed meanwhile
-document.addEventListener("visibilitychange", () => { markRead(); showSide(); });
+document.addEventListener("visibilitychange", showSide);
 
 const showPerson = (user) => {
   const role = roles.get(user);
@@ -3595,166 +3204,6 @@ if (token) connect();
 </body>
 </html>
 """
-
-
-def content_security_policy(page: str) -> str:
-    """A policy (CSP level 3) that allows the page's own script and style, and nothing else."""
-    hashes = {
-        tag: base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        for tag, content in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
-    }
-    return (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
-        f"style-src 'sha256-{hashes['style']}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-PAGE_HEADERS = {
-    "Content-Security-Policy": content_security_policy(PAGE),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
-
-@app.get("/", response_class=HTMLResponse)
-async def page() -> HTMLResponse:
-    return HTMLResponse(PAGE, headers=PAGE_HEADERS)
-
-
-# ======================================================================================
-# 12. Serving
-#
-# uvicorn waits for what it has to send to be taken, be it forever: right for a request
-# that ends, wrong for sockets that stay open for days, some of them held by nobody or by
-# somebody hostile. Here a connection that takes nothing for a while is aborted.
-# ======================================================================================
-
-STALL_SECONDS = 30.0  # how long a client may take no byte of what waits for it
-PONG_SECONDS = 120.0  # a ping may stand behind megabytes for a slow line
-SEND_BUFFER = 256 * KIB  # of the kernel, for each socket
-MAX_FRAGMENTS = 1_024  # frames that one message may come in
-
-
-class PatientProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket protocol, which would wait forever for a client that does not read.
-
-    A closed connection stays, with all that waits to be sent, until the peer has taken it;
-    only ``transport.abort()`` frees both. The methods overridden here are no public API of
-    uvicorn's, so the tests exercise each.
-    """
-
-    watch: asyncio.TimerHandle | None = None  # while there is more to send than is taken
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Bound what the kernel takes: left alone, it would hide megabytes that nobody reads."""
-        super().connection_made(transport)
-        kernel = transport.get_extra_info("socket")
-        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-
-    async def send(self, message: Any) -> None:
-        """Send, unless the client has left during the handshake, which uvicorn overlooks."""
-        if not self.handshake_complete and self.transport.is_closing():
-            raise ClientDisconnected
-        await super().send(message)
-
-    def data_received(self, data: bytes) -> None:
-        """Take bytes; refuse a handshake that is none, on which uvicorn would wait for more."""
-        super().data_received(data)
-        if not self.handshake_initiated:
-            self.transport.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
-            self.transport.close()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.watch_for_stalling(MAX_ID)
-
-    def watch_for_stalling(self, waiting: int) -> None:
-        """Abort unless less waits to be taken (bytes) than the last time; then look again."""
-        left = self.transport.get_write_buffer_size()
-        if left >= waiting:
-            self.transport.abort()
-        else:
-            self.watch = self.loop.call_later(STALL_SECONDS, self.watch_for_stalling, left)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.watch:
-            self.watch.cancel()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self.watch:
-            self.watch.cancel()
-
-    def keepalive_timeout(self) -> None:
-        super().keepalive_timeout()
-        self.transport.abort()
-
-    def on_task_complete(self, task: asyncio.Task[None]) -> None:
-        super().on_task_complete(task)
-        if not self.disconnected:
-            self.loop.call_later(self.close_timeout, self.transport.abort)
-
-    def handle_ping(self) -> None:
-        """Answer a ping, unless its sender does not read: then the answers would pile up."""
-        if self.writable.is_set():
-            super().handle_ping()
-        else:
-            self.conn.data_to_send()  # made already; thrown away
-
-    def handle_cont(self, event: Frame) -> None:
-        """Take a fragment; empty ones cost memory without counting for ``ws_max_size``."""
-        if len(self.frames) >= MAX_FRAGMENTS:
-            self.conn.fail(1009, "Too many fragments")
-            self.handle_parser_exception()
-        else:
-            super().handle_cont(event)
-
-
-QUERY = re.compile(r"\?[^\s\"']*")
-
-
-def hide_queries(record: logging.LogRecord) -> bool:
-    """uvicorn logs every URL, and a token may be in it. (Its formatter wants the args whole.)"""
-    if isinstance(record.args, tuple):
-        args = record.args
-        record.args = tuple(QUERY.sub("?...", a) if isinstance(a, str) else a for a in args)
-    return True
-
-
-for name in ("uvicorn.error", "uvicorn.access"):
-    logging.getLogger(name).addFilter(hide_queries)
-
-
-def main() -> None:
-    """Serve, by the settings in the environment, until a signal comes."""
-    try:
-        settings = Settings.from_environment()
-        Storage(settings.db).close()  # what the lifespan would refuse at length, in one line
-        Tokens(settings)
-        address, family = (settings.host, settings.port), socket.AF_INET
-        if ":" in settings.host:
-            family = socket.AF_INET6
-        socket.create_server(address, family=family).close()
-    except (OSError, UnicodeError) as error:
-        where = f"CHAT_HOST={settings.host!r}, CHAT_PORT={settings.port}"
-        raise SystemExit(f"Lobby cannot start: {where}: {error}") from None
-    except StartError as error:
-        raise SystemExit(f"Lobby cannot start: {error}") from None
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        http="h11",  # unlike httptools, it takes no more than 64 KiB of headers
-        ws=PatientProtocol,
-        ws_max_size=64 * KIB,
-        ws_ping_timeout=PONG_SECONDS,
-        ws_per_message_deflate=False,  # it would compress the same text once for each reader
-        timeout_graceful_shutdown=5,
-    )
 
 
 if __name__ == "__main__":
