@@ -36,7 +36,6 @@ The words used throughout:
     change   what somebody wants done: to send, to delete, to log in, to ban; it is *posted*
     event    what it becomes: a JSON object with a "type", as sockets receive it
     message  an event that is stored, and so has an id; ids grow in the order of storing
-    notice   an event that is only announced: somebody joined, left, or is typing
     mid      the sender's own id for a message, by which a repeated sending is recognised
     client   one open chat socket; a cursor says how far it has read a room's log
     epoch    the name of one database's history, so that ids of another are not mistaken for ours
@@ -75,7 +74,7 @@ from fastapi import Body, Depends, FastAPI, HTTPException, Query, Request, Respo
 from fastapi.exceptions import RequestValidationError, WebSocketException
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, ValidationError, from_json, to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -109,6 +108,12 @@ class Refused(Exception):
         super().__init__(message)
         self.code = code
         self.retry_after = retry_after
+
+
+def must(condition: Any, code: str, words: str, retry_after: float | None = None) -> None:
+    """Raise Refused unless the condition holds."""
+    if not condition:
+        raise Refused(code, words, retry_after)
 
 
 # What each code is as an HTTP status, and as the code that closes a socket: 1008 is final
@@ -183,8 +188,7 @@ class RequestContextMiddleware:
         given = headers.get("x-request-id", "")
         id = given if SANE_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = id
-        # A Content-Length over the limit, FastAPI answers in plain text. Without the header
-        # it counts the bytes as they come, and raises what `too_large` answers.
+        # FastAPI answers a too large Content-Length in plain text; without it, it raises a 413.
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > 1 * MIB:
             scope["headers"] = [item for item in headers.raw if item[0] != b"content-length"]
@@ -204,14 +208,13 @@ class RequestContextMiddleware:
             await self.survive(scope, receive, send_with_headers)
 
     async def survive(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Log a bug, and answer it unless something was answered already."""
         try:
             await self.app(scope, receive, send)
         except (ClientDisconnect, ClientDisconnected, WebSocketDisconnect):
             pass  # they left, and nothing is left to do
         except Exception:
             log.exception("unexpected error in %s %r", scope["type"], scope["path"])
-            with suppress(Exception):
+            with suppress(Exception):  # it may have been answered already
                 if scope["type"] == "websocket":
                     await send({"type": "websocket.close", "code": 1011})
                 else:
@@ -244,8 +247,7 @@ def client_host(connection: HTTPConnection) -> str | None:
     return connection.client.host if connection.client else None
 
 
-async def user_agent(request: Request) -> str | None:
-    """A dependency may take the Request itself."""
+async def user_agent(request: Request) -> str | None:  # a dependency may take the Request too
     return request.headers.get("user-agent")
 
 
@@ -270,10 +272,9 @@ async def read_json(request: Request) -> Any:
 
 
 def json_or_none(data: str | bytes) -> Any:
-    try:
+    with suppress(ValueError):
         return parse_json(data)
-    except ValueError:
-        return None
+    return None
 
 
 @app.post("/submit")
@@ -503,11 +504,9 @@ SESSION_QUEUE = 32  # frames, of at most 64 KiB, that may wait for one socket
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """Who asked for it and when, and the queues of the sockets now in it."""
-
-    about: dict[str, Any]
+    about: dict[str, Any]  # who asked for it, and when
     used_at: float  # on the monotonic clock
-    queues: set[asyncio.Queue[str | None]] = field(default_factory=set)
+    queues: set[asyncio.Queue[str | None]] = field(default_factory=set)  # of sockets now in it
 
     def expires_in(self) -> int:
         """Seconds until it ends; an open socket keeps it alive."""
@@ -531,8 +530,7 @@ sessions: dict[uuid.UUID, Session] = {}
 async def create_session(request: Request) -> dict[str, Any]:
     if len(sessions) >= MAX_SESSIONS:
         idle = [id for id in sessions if not sessions[id].queues]
-        if not idle:
-            raise Refused("unavailable", "Too many sessions are in use", retry_after=60)
+        must(idle, "unavailable", "Too many sessions are in use", retry_after=60)
         del sessions[min(idle, key=lambda id: sessions[id].used_at)]
     about = {"client_host": client_host(request), "created_at": time.time()}
     about["user_agent"] = request.headers.get("user-agent", "")[:512] or None
@@ -545,8 +543,7 @@ def find_session(id: uuid.UUID) -> Session:
     """The session with this id. Raises Refused if there is none, or it has expired."""
     if id in sessions and not sessions[id].expires_in():
         del sessions[id]
-    if id not in sessions:
-        raise Refused("unknown", "Unknown session")
+    must(id in sessions, "unknown", "Unknown session")
     return sessions[id]
 
 
@@ -633,11 +630,10 @@ class Settings(BaseModel):
 # Reading is a function call: an index answers within microseconds, so `query` runs in the event
 # loop, on a connection that only reads. Nothing comes between a reading and what is done with it.
 #
-# Changing waits for the disk (fsync), for milliseconds however many rows it writes. So one
-# thread applies changes, many at a time: whoever waits for the disk pays for one fsync,
-# shared with all others. What may not be is refused there, where nothing can come between
-# the question and the change. A route says `await state.change({"type": ...})`, and is given
-# what became of it, or raised Refused; how changes get here, chapter 9 shows.
+# Changing waits for the disk (fsync), for milliseconds however many rows it writes. So one thread
+# applies changes, many in a transaction, and refuses what may not be there, where nothing comes
+# between the question and the change. A route says `await state.change({"type": ...})`, and is
+# given what became of it, or raised Refused; how changes get here, chapter 9 shows.
 
 SHAPE = 3  # of the tables; a file of another shape is refused
 TABLES = """
@@ -685,12 +681,6 @@ class Repeated(Event):
     """The original of a message that was sent again: for its sender alone."""
 
 
-def must(condition: Any, code: str, words: str) -> None:
-    """Raise Refused unless the condition holds."""
-    if not condition:
-        raise Refused(code, words)
-
-
 class Storage:
     """People, log-ins and messages in one SQLite file, with two doors: ``query`` and ``apply``."""
 
@@ -710,8 +700,7 @@ class Storage:
             # The loop must not wait, not even for another program's lock.
             self.reader = self._connect(f"{path.as_uri()}?mode=ro", timeout=0)
             ((self.epoch,),) = self.query("SELECT name FROM epoch")
-            # The newest id that was shown. Readings stop there: what is stored and not shown
-            # yet comes by the room's log, so that nobody gets it twice.
+            # The newest id that was shown: readings stop there, as what is newer comes by the log.
             ((self.shown,),) = self.query("SELECT coalesce(max(id), 0) FROM messages")
         except (sqlite3.Error, OSError, Refused) as error:
             self.close()
@@ -759,8 +748,7 @@ class Storage:
     def page(
         self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
     ) -> tuple[list[Event], bool]:
-        """At most ``limit`` messages, oldest first, and whether there are more: those next after
-        ``after`` if it is given, else next before ``before``."""
+        """Messages next after ``after``, else before ``before``, oldest first; are there more?"""
         order = "DESC" if after is None else "ASC"
         sql = f"SELECT {COLUMNS} FROM messages WHERE room = ? AND id > ? AND id < ?"
         sql += f" AND deleted IS NULL ORDER BY id {order} LIMIT ?"
@@ -779,11 +767,10 @@ class Storage:
                 await asyncio.sleep(0)
                 piece, more = self.page(room, SEARCHED, before, after)
                 hits = [event for event in piece if q.casefold() in event["text"].casefold()]
-                found = hits + found if after is None else found + hits
                 if after is None:
-                    before = piece[0]["id"] if piece else 0
+                    found, before = hits + found, piece[0]["id"] if piece else 0
                 elif piece:
-                    after = piece[-1]["id"]
+                    found, after = found + hits, piece[-1]["id"]
         return found[-limit:] if after is None else found[:limit], len(found) > limit
 
     def missed(self, room: str, after: int) -> list[list[Event]] | None:
@@ -862,14 +849,14 @@ class Storage:
     def _make(self, change: Event) -> None:
         """Make a change that is no message; its fields are the statements' parameters."""
         run = self.writer.execute
+        sql = "SELECT role FROM people WHERE name = ? AND NOT banned"
+        asking = self._value(sql, (change.get("by"),)) or "member"  # who is banned may no more
         match change["type"]:
             case "register":
-                is_first = not self._value("SELECT 1 FROM people")
-                change.setdefault("role", "admin" if is_first else "member")  # somebody has to be
-                sql = "INSERT INTO people (name, folded, password, role) VALUES"
-                done = run(
-                    f"{sql} (:user, :folded, :password, :role) ON CONFLICT DO NOTHING", change
-                )
+                role = "member" if self._value("SELECT 1 FROM people") else "admin"
+                change.setdefault("role", role)  # somebody has to be one
+                sql = "INSERT OR IGNORE INTO people (name, folded, password, role) VALUES"
+                done = run(f"{sql} (:user, :folded, :password, :role)", change)
                 must(done.rowcount, "conflict", "This username is taken")
             case "login":  # the password may have changed while it was checked
                 run("DELETE FROM logins WHERE ends < :at", change)
@@ -879,36 +866,29 @@ class Storage:
             case "logout":
                 run("DELETE FROM logins WHERE sid = :sid", change)
             case "deleted":
-                self._check_author(change)
+                self._check_author(change, asking)
                 newest = "(SELECT max(id) FROM messages)"
                 run(f"UPDATE messages SET text = '', deleted = {newest} WHERE id = :id", change)
-            case "role":
-                self._check_role(change, "admin")
-                run("UPDATE people SET role = :role WHERE name = :user", change)
-            case "kick" | "ban" | "unban" as kind:
-                self._check_role(change, "moderator")
-                if kind != "kick":
+            case "role" | "kick" | "ban" | "unban" as kind:
+                self._check_role(change, asking, "admin" if kind == "role" else "moderator")
+                if kind == "role":
+                    run("UPDATE people SET role = :role WHERE name = :user", change)
+                elif kind != "kick":
                     run("UPDATE people SET banned = (:type = 'ban') WHERE name = :user", change)
 
-    def _value(self, sql: str, fields: Event | None = None) -> Any:
-        row = self.writer.execute(sql, fields or {}).fetchone()
+    def _value(self, sql: str, fields: Any = ()) -> Any:
+        row = self.writer.execute(sql, fields).fetchone()
         return row and row[0]
 
-    def _role_of(self, by: str) -> str:
-        """What somebody who asks is now; who is banned has no more to say than anybody."""
-        sql = "SELECT role FROM people WHERE name = :by AND NOT banned"
-        return self._value(sql, {"by": by}) or "member"
-
-    def _check_author(self, change: Event) -> None:
+    def _check_author(self, change: Event, asking: str) -> None:
         sql = "SELECT user FROM messages WHERE id = :id AND room = :room AND deleted IS NULL"
-        author, by = self._value(sql, change), change["by"]
+        author = self._value(sql, change)
         must(author, "unknown", "There is no such message in this room")
-        may = author == by or self._role_of(by) != "member"
+        may = author == change["by"] or asking != "member"
         must(may, "forbidden", "Only its author or a moderator may delete a message")
 
-    def _check_role(self, change: Event, needed: str) -> None:
+    def _check_role(self, change: Event, asking: str, needed: str) -> None:
         """Moderators act on members, admins on everybody; and one admin always stays."""
-        asking = self._role_of(change["by"])
         may = asking in (needed, "admin")
         must(may, "forbidden", f"Only a person with the role {needed!r} may do this")
         change["user"] = self._value("SELECT name FROM people WHERE folded = :folded", change)
@@ -937,8 +917,8 @@ LONGEST_FORM = 4  # into how many characters one can be taken apart: the most th
 
 
 def normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
-    """A text in its one spelling. Raises ValueError for what is none, or has too many marks on
-    a letter: ordering them takes the square of their number (UAX #15, section 13: 30)."""
+    """A text in its one spelling. Raises ValueError for none, or for over 30 marks on a letter:
+    to put them in order takes the square of their number (UAX #15, section 13)."""
     marks = "".join("m" if unicodedata.combining(character) else "-" for character in text)
     if "m" * 31 in marks or re.search("[\ud800-\udfff]", text):
         raise PydanticCustomError("invalid", "The text has what no script is written with")
@@ -975,8 +955,7 @@ class Bearer(NamedTuple):
 
 
 def one_spelling(password: str) -> str:
-    """Keyboards differ (NIST SP 800-63B, section 5.1.1.2)."""
-    return normalize("NFKC", password[: LONGEST_FORM * MAX_PASSWORD])
+    return normalize("NFKC", password[: LONGEST_FORM * MAX_PASSWORD])  # keyboards differ
 
 
 NO_PASSWORD = f"{'00' * 16}${'00' * 64}"  # what a name that nobody has is checked against
@@ -999,8 +978,8 @@ class Logins:
 
     async def scrypt(self, password: str, salt: bytes) -> bytes:
         """OWASP's Password Storage Cheat Sheet: 16 MiB and 0.2 s for each guess; few at once."""
-        if self.hashing >= MAX_HASHING:
-            raise Refused("unavailable", "Too many log-ins at once, try again", retry_after=2)
+        may = self.hashing < MAX_HASHING
+        must(may, "unavailable", "Too many log-ins at once, try again", retry_after=2)
         work = functools.partial(hashlib.scrypt, salt=salt, n=2**14, r=8, p=5, maxmem=64 * MIB)
         loop = asyncio.get_running_loop()
         self.hashing += 1
@@ -1089,16 +1068,14 @@ Me = Annotated[Bearer, Depends(find_me)]
 
 
 async def token_of(websocket: WebSocket) -> str | None:
-    """A socket's token: from the header, the query, or, as browsers can send no header and a
-    secret should not be in a URL, from a second subprotocol, which is never picked or echoed."""
+    """A socket's token. A browser's comes in the URL or, since URLs are logged, a subprotocol."""
     offers = [p for p in websocket.scope["subprotocols"] if p.startswith("bearer.")]
     offered = offers[0].removeprefix("bearer.") if offers else None
     return await oauth2(websocket) or websocket.query_params.get("token") or offered
 
 
 class Connection:
-    """An open socket of somebody known. It ends once, at its token's end or by ``end``: what it
-    ends by is raised as Refused in its handler, wherever that waits."""
+    """An open socket of somebody known. It ends once; why, is raised wherever its handler waits."""
 
     def __init__(self, websocket: WebSocket, me: Bearer) -> None:
         self.websocket, self.me = websocket, me
@@ -1174,10 +1151,9 @@ async def protected(websocket: WebSocket) -> None:
 
 
 def fold_or_nobody(name: str) -> str:
-    """A name without regard to case; what cannot be one is nobody's."""
     with suppress(ValueError):
         return fold(name)
-    return ""
+    return ""  # whose name cannot be one
 
 
 Username = Annotated[str, AfterValidator(fold_or_nobody)]
@@ -1232,8 +1208,7 @@ MAX_FRAME = 256 * KIB  # bytes after which a frame takes no further batch
 MAX_FRAMES = 32  # of plain text that are sent one by one; more go out as lines of one frame
 MAX_OUTBOX = 4 * MIB  # bytes that may wait for one client alone; a resume's fit
 MAX_ROOMS = 100  # rooms that one client may follow
-MAX_CONVERSATIONS = 1_000  # that a welcome lists
-NOTICES = ("joined", "left", "typing")  # these need no database
+NOTICES = ("joined", "left", "typing", "stop")  # these need no database
 
 # The changes that end sockets, of a person or, where they name a ``sid``, of a log-in.
 ENDS_SOCKETS = {"kick": "Kicked", "ban": "Banned", "logout": "Unauthorized: Logged out"}
@@ -1297,13 +1272,12 @@ class Batch(dict[Encode, Frames]):
 
 
 class Outlet:
-    """By which frames leave: if it is ``ready`` for some, and ``on_ready`` when it is again. Here
-    a task awaits ``send_text``; chapter 11 has one that needs no task."""
+    """By which frames leave: here, in a task that awaits ``send_text``; chapter 11 has another."""
 
     def __init__(self, websocket: WebSocket) -> None:
         self.websocket = websocket
-        self.ready = True
-        self.on_ready: Callable[[], None] | None = None
+        self.ready = True  # for frames; when it is again, on_ready is called
+        self.on_ready: Callable[[], object] = lambda: None
 
     def write(self, frames: Frames) -> None:
         self.ready, self.sending = False, asyncio.create_task(self._send(frames))
@@ -1313,8 +1287,7 @@ class Outlet:
             for payload in frames.payloads:
                 await self.websocket.send_text(payload.decode())
             self.ready = True
-            if self.on_ready:
-                self.on_ready()
+            self.on_ready()
 
 
 class Client(Connection):
@@ -1417,14 +1390,14 @@ class ConnectionManager:
         must(not limit or len(mine) < limit, "unavailable", "Too many sockets")
         mine.add(client)
         welcome: Event = {"type": "welcome", "user": me.name, "role": me.role}
-        private = sorted(room for room, _ in self.storage.rooms(me.name, MAX_CONVERSATIONS))
+        private = sorted(room for room, _ in self.storage.rooms(me.name, limit=1_000))
         more = {"epoch": self.storage.epoch, "expires_at": me.ends, "rooms": private}
         client.tell(welcome | more)
 
     def disconnect(self, client: Client) -> None:
         for room in list(client.cursors):
             self.leave(client, room)
-        client.outlet.on_ready = None  # nothing refers back, so nothing is left to collect
+        client.outlet.on_ready = lambda: None  # nothing refers back, so nothing is left to collect
         self.clients[client.me.name].discard(client)
         if not self.clients[client.me.name]:
             del self.clients[client.me.name]
@@ -1434,9 +1407,8 @@ class ConnectionManager:
         client.tell(event)
 
     def join(self, client: Client, name: str, past: Sequence[Event]) -> None:
-        """Show a room's past and who is here, and follow it from now on. No message falls between
-        or into both: the past ends with the newest that was shown, what is shown later is appended
-        to the log."""
+        """Show a room's past and who is here, and follow it from now on. No message is missed or
+        doubled: the past ends with the newest that was shown, and the log goes on from there."""
         room, user = self.rooms.get(name) or Room(name), client.me.name
         if room not in client.cursors:
             may = len(client.cursors) < MAX_ROOMS
@@ -1463,8 +1435,8 @@ class ConnectionManager:
 
     def post(self, change: Event, done: Done | None = None) -> None:
         """Queue a change or a notice. Refuses messages if too much waits already."""
-        if len(self.pending) >= MAX_PENDING and change["type"] in ("message", "typing"):
-            raise Refused("unavailable", "Too much waits to be stored, try again", retry_after=1)
+        may = len(self.pending) < MAX_PENDING or change["type"] not in ("message", "typing")
+        must(may, "unavailable", "Too much waits to be stored, try again", retry_after=1)
         self.pending.append((change, done))
         self.posted.set()
 
@@ -1481,8 +1453,7 @@ class ConnectionManager:
         """The committer: apply what is pending, then show it."""
         while True:
             await self.posted.wait()
-            # People who were shown the last batch together answer together: as long as more
-            # comes at every turn of the loop, it goes into the same transaction.
+            # Who was shown a batch answers at once: while more comes at every turn, it is taken.
             before = -1
             while before < len(self.pending) < MAX_BATCH:
                 before = len(self.pending)
@@ -1496,7 +1467,6 @@ class ConnectionManager:
                 log.exception("unexpected error in the committer")
 
     async def commit(self, batch: Sequence[tuple[Event, Done | None]]) -> None:
-        """Number the messages, apply the changes, and show what became of each."""
         changes = [change for change, _ in batch if change["type"] not in NOTICES]
         messages = [change for change in changes if change["type"] == "message"]
         for id, message in enumerate(messages, self.storage.shown + 1):
@@ -1512,7 +1482,6 @@ class ConnectionManager:
                 done(outcome)
 
     def show(self, events: Iterable[Event]) -> None:
-        """Show what happened to rooms, and to sockets that end by it."""
         news: dict[str, list[Event]] = {}
         for event in events:
             if "room" in event:
@@ -1544,6 +1513,7 @@ class ConnectionManager:
 # it, and the socket stays open. What is right is then a line or two in the words of chapter 9.
 
 CHAT_PROTOCOL = "lobby.v1"
+HELP = "/msg bob hi  says hi to bob alone\n/who         who is here\n/help        this text"
 HISTORY = 50  # messages shown on joining
 TYPING_RATE = 1  # notices a second of one person in one room; they take room in its window
 MAX_TEXT = 4_000  # characters
@@ -1579,11 +1549,7 @@ Limit = Annotated[int, Field(ge=1, le=200)]
 SearchText = Annotated[str, Query(max_length=200), AfterValidator(lambda q: normalize("NFC", q))]
 
 
-class Incoming(BaseModel):
-    """What a ``lobby.v1`` client sends; errors never repeat the input, they may be logged."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)
-
+class Incoming(BaseModel):  # what a lobby.v1 client sends
     type: Literal["message", "join", "leave", "typing", "history"]
     room: RoomName | None = None
     to: str | None = None  # of a message: a person instead of a room
@@ -1593,13 +1559,6 @@ class Incoming(BaseModel):
     epoch: str | None = None
     before: Id = MAX_ID  # of a history, like ``limit``
     limit: Limit = HISTORY
-
-
-def mid_of(line: str) -> str | None:
-    """The ``mid`` of a message that is wrong otherwise, so that its sender can tell which."""
-    event = json_or_none(line)
-    mid = event.get("mid") if isinstance(event, dict) else None
-    return mid if isinstance(mid, str) and len(mid) <= 64 else None
 
 
 class RateLimit:
@@ -1622,9 +1581,8 @@ class RateLimit:
         return 0
 
     def spend(self, name: str) -> None:
-        """Count something that others notice. Raises Refused if it is too much."""
-        if wait := self.retry_after(name, self.rate):
-            raise Refused("rate_limited", "You are sending too fast", retry_after=wait)
+        wait = self.retry_after(name, self.rate)
+        must(not wait, "rate_limited", "You are sending too fast", retry_after=wait)
 
 
 def new_message(room: str, me: Bearer, text: str, mid: str | None) -> Event:
@@ -1643,8 +1601,7 @@ def may_see(room: str, me: Bearer) -> bool:
 
 
 def find_room(storage: Storage, name: str, me: Bearer) -> str:
-    """The true name of a room: whoever names one comes here. A conversation between others is
-    refused in the same words as one that cannot be."""
+    """The true name of a room. A conversation between others is refused like one that cannot be."""
     if not members(name):
         return name
     with suppress(ValueError, KeyError):  # not two, no name, or not mine
@@ -1654,18 +1611,16 @@ def find_room(storage: Storage, name: str, me: Bearer) -> str:
     raise Refused("unknown_room", "No such room or person")
 
 
-HELP = "/msg bob hi  says hi to bob alone\n/who         who is here\n/help        this text"
-
-
-def error_event(error: Refused | ValidationError, mid: str | None) -> Event:
+def error_event(error: Refused | ValidationError, mid: Any) -> Event:
     if isinstance(error, ValidationError):  # the first thing that is wrong
         first = error.errors(include_url=False, include_input=False)[0]
         where = "".join(f"{part}: " for part in first["loc"])
         code = first["type"] if first["type"] in REFUSALS else "invalid"
         error = Refused(code, where + first["msg"])
     event: Event = {"type": "error", "code": error.code, "message": str(error)}
-    more = {"mid": mid, "retry_after": error.retry_after}
-    return event | {key: value for key, value in more.items() if value}
+    if isinstance(mid, str) and len(mid) <= 64:
+        event["mid"] = mid  # so that its sender can tell which message is meant
+    return event | ({"retry_after": error.retry_after} if error.retry_after else {})
 
 
 class ChatHandler:
@@ -1689,12 +1644,14 @@ class ChatHandler:
                     await asyncio.sleep(0)
 
     async def attempt(self, obey: Callable[[str], Awaitable[None]], line: str) -> None:
-        """Do what a line asks for, or tell why not. Who does not read answers has to wait."""
-        await self.client.has_read()
+        """Do what a line asks for, or tell why not."""
+        await self.client.has_read()  # who does not read answers is not listened to
         try:
             await obey(line)
         except (ValidationError, Refused) as error:
-            self.client.tell(error_event(error, mid_of(line)))
+            event = json_or_none(line)
+            mid = event.get("mid") if isinstance(event, dict) else None
+            self.client.tell(error_event(error, mid))
 
     async def obey_json(self, line: str) -> None:
         event = Incoming.model_validate_json(line)
@@ -1763,14 +1720,12 @@ class ChatHandler:
         self.manager.post(new_message(room, self.me, text, mid), answer)
 
     def join(self, room: str, after: int | None, epoch: str | None) -> None:
-        """Join, and read on after this id; or show the newest page, if more was missed than a
-        window holds, or the id is of another epoch."""
+        """Join, and read on after this id; or from the newest page, if that is not to be had."""
         past: list[Event] = []
         is_ours = epoch in (None, self.storage.epoch)
         missed = self.storage.missed(room, after) if is_ours and after is not None else None
         if missed:
-            messages, deleted = missed
-            past = [history_event(room, messages, more=False), *deleted]
+            past = [history_event(room, missed[0], more=False), *missed[1]]
         elif self.client.encode is as_json or after is not None:
             page = self.storage.page(room, HISTORY)
             past = [history_event(room, *page, complete=after is None)]
@@ -1924,10 +1879,9 @@ MAX_FRAGMENTS = 1_024  # frames that one message may come in
 
 
 class ChatProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket protocol, as an outlet, and with what it lacks. What is overridden is no
-    public API, so the tests exercise each method."""
+    """uvicorn's WebSocket protocol, as an outlet, and with what it lacks; by no public API."""
 
-    on_ready: Callable[[], None] | None = None
+    on_ready: Callable[[], object] = staticmethod(lambda: None)
 
     @property
     def ready(self) -> bool:
@@ -1938,8 +1892,7 @@ class ChatProtocol(WebSocketsSansIOProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self.on_ready:
-            self.on_ready()
+        self.on_ready()
 
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
@@ -2011,8 +1964,7 @@ def main() -> None:
         ws_per_message_deflate=False,  # it would compress the same text once for each reader
         timeout_graceful_shutdown=5,
     )
-    host, port = listener.getsockname()[:2]
-    log.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    log.info("running on http://%s:%d", *listener.getsockname()[:2])
     uvicorn.Server(config).run(sockets=[listener])
 
 
