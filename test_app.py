@@ -2557,7 +2557,7 @@ def flood(writer: Chat, *readers: Chat) -> None:
 def test_a_reader_that_stalls_delays_nobody_and_is_cut_off(serve: Callable[..., Server]) -> None:
     """The others read on while it does not; in the end it is out, and its connection is freed."""
     soon = "app.ChatProtocol.close_timeout = property(lambda self: 1.0, lambda self, value: None)"
-    trace = "app.logging.getLogger('uvicorn.error').setLevel(5)"
+    trace = "app.logging.WARNING = 5"  # so that uvicorn tells of each connection
     server = serve(program=f"{soon}; {trace}")
     one, two = server.chat(server.token()), server.chat(server.token("user2"))
     secret = server.token("admin")
@@ -2572,7 +2572,7 @@ def test_a_reader_that_stalls_delays_nobody_and_is_cut_off(serve: Callable[..., 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has this option")
 def test_whoever_is_accepted_has_the_listening_sockets_limits() -> None:
-    with lobby.listen(Settings(port=0)) as listener:
+    with lobby.open_listener(Settings(port=0)) as listener:
         with socket.create_connection(listener.getsockname()):
             accepted, _ = listener.accept()
             with accepted:
@@ -2591,7 +2591,11 @@ def test_a_client_that_fell_out_of_the_window_is_told_to_come_back(
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     raw.connect(("127.0.0.1", server.port))
     slow = server.connect(f"/ws/chat?token={secret}", sock=raw, max_queue=1)
-    flood(one)
+    for n in itertools.count():  # more than any buffer on the way holds
+        one.say("x" * 4000, f"m{n}")
+        one.next("message")
+        if "1013 Too slow" in server.log.read_text():
+            break
     with pytest.raises(ConnectionClosed) as closed:
         while True:
             slow.recv(timeout=20)
