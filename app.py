@@ -88,7 +88,6 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame, Opcode
 
 log = logging.getLogger("lobby")
-
 KIB, MIB, GIB = 2**10, 2**20, 2**30  # bytes
 
 
@@ -894,11 +893,10 @@ class Storage:
 
 
 # 7. Knowing a user ====================================================================
-# A password is checked once, slowly on purpose, and makes a log-in, which is exchanged for a
-# token: a signed note that says who its bearer is, by which log-in, and until when. The
-# signature proves that the note is ours; that its bearer is not banned and has not logged
-# out is looked up each time. What a person may do is never in the token: it would be true
-# for too long.
+# A password is checked once, slowly on purpose, and makes a log-in, which is exchanged for a token:
+# a signed note that says who its bearer is, by which log-in, and until when. That they are not
+# banned and have not logged out is looked up each time; so is what they may do, which is never
+# in the token: it would be true for too long.
 
 # Letters that cannot be seen, by which one name could pass for another.
 INVISIBLE = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
@@ -1065,13 +1063,13 @@ class Connection:
     def __init__(self, websocket: WebSocket, me: Bearer) -> None:
         self.websocket, self.me = websocket, me
         self.connections: set[Connection] = websocket.app.state.connections  # all that are open
-        self.ended_by: Refused | None = None
+        self.ended_by: tuple[str, str] | None = None  # code and reason
         self.deadline = asyncio.timeout(me.ends - time.time())
 
     def end(self, code: str, reason: str) -> None:
         is_open = self in self.connections and not self.deadline.expired()
         if is_open and self.ended_by is None:
-            self.ended_by = Refused(code, reason)
+            self.ended_by = code, reason
             self.deadline.reschedule(0)  # long ago: it cancels the handler, see __aexit__
 
     async def __aenter__(self) -> None:
@@ -1083,7 +1081,8 @@ class Connection:
         try:
             await self.deadline.__aexit__(*error)
         except TimeoutError:
-            raise self.ended_by or Refused("unauthorized", "Unauthorized: Token expired") from None
+            expired = "unauthorized", "Unauthorized: Token expired"
+            raise Refused(*(self.ended_by or expired)) from None
 
 
 InBody = Annotated[str, Body()]  # a field of the JSON body
@@ -1484,9 +1483,9 @@ class ConnectionManager:
 
 
 # 10. The chat =========================================================================
-# A client may send anything at any time. So what it may say is a closed set of types, with
-# each field checked in one place; what is wrong is answered with an error event that names
-# it, and the socket stays open. What is right is said in the words of chapter 9.
+# A client may send anything at any time. So what it may say is a closed set of types, with each
+# field checked in one place; what is wrong is answered with an error that names it, and the socket
+# stays open. What is right is said in the words of chapter 9.
 
 CHAT_PROTOCOL = "lobby.v1"
 HELP = "/msg bob hi  says hi to bob alone\n/who         who is here\n/help        this text"
@@ -1805,19 +1804,17 @@ async def healthz(request: Request) -> dict[str, Any]:
 
 
 # 11. Serving ==========================================================================
-# Importing this file opens nothing: files, threads and tasks start in the lifespan, and end
-# there too. What is shared hangs on `app.state`, so that each start, and each test, has its own.
-# `python app.py` also sets limits to what a socket may cost, which uvicorn leaves open.
+# Importing this file opens nothing. What is opened, in the lifespan, hangs on `app.state`, so that
+# each start has its own. `python app.py` also sets limits to what a connection may cost.
 
 DEMO_PEOPLE = {"user1": "password1", "user2": "password2", "admin": "adminpassword"}
-QUERY = re.compile(r"\?[^\s\"']*")
 
 
 def hide_queries(record: logging.LogRecord) -> bool:
     """uvicorn logs every URL, and a token may be in it. (Its formatter wants the args whole.)"""
     if isinstance(record.args, tuple):
-        args = record.args
-        record.args = tuple(QUERY.sub("?...", a) if isinstance(a, str) else a for a in args)
+        hide = functools.partial(re.sub, r"\?[^\s\"']*", "?...")
+        record.args = tuple(hide(a) if isinstance(a, str) else a for a in record.args)
     return True
 
 
@@ -1864,6 +1861,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().data_received(data)
         is_in_head = self.scope is not None and "method" not in self.scope
         self.head = self.head + len(data) if is_in_head else 0
+        if self not in self.connections:  # but a WebSocket now: leave no cycle behind
+            self.parser = None  # type: ignore[assignment]
         if self.head > MAX_HEAD and not self.transport.is_closing():
             self.send_400_response("The headers are too long")
 
@@ -1911,6 +1910,7 @@ class ChatProtocol(WebSocketsSansIOProtocol):
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)
+        self.scope["extensions"].clear()  # which refer back
         if not self.disconnected:  # what waits to be sent may wait forever
             self.loop.call_later(self.close_timeout, self.transport.abort)
 

@@ -983,6 +983,30 @@ def test_a_change_that_fails_alone_harms_no_other(client: TestClient) -> None:
         assert texts == ["is being stored", "before", "after"] == texts_of(client)
 
 
+def test_what_the_database_gives_up_is_refused_whole(client: TestClient) -> None:
+    """A full disk may end a transaction from within: what was done before in it is undone."""
+    headers = bearer()
+    person = {"user": "new", "folded": "new", "password": "x" * 100_000}
+    with chat(client) as conversation:
+        conversation.nothing_came()
+        full_disk(app.state.storage.writer)
+        with held_up():
+            conversation.say("is being stored", "m0")  # so all that follows is one batch
+            conversation.nothing_came()
+            conversation.say("before", "m1")
+            conversation.nothing_came()
+            register = {"type": "register", **person}
+            registered = client.portal.start_task_soon(app.state.change, register)
+            conversation.nothing_came()
+            assert len(app.state.manager.pending) == 2
+        assert isinstance(registered.exception(20), lobby.Refused)
+        assert conversation.next()["text"] == "is being stored"
+        error = conversation.next()
+        assert (error["code"], error["mid"]) == ("unavailable", "m1")
+    page = client.get("/rooms/lobby/messages", headers=headers).json()
+    assert [event["text"] for event in page["messages"]] == ["is being stored"]
+
+
 def random_changes(rng: random.Random, count: int) -> list[dict[str, Any]]:
     """Changes of every kind, of few people in few rooms, so that many concern each other."""
     names, messages, changes = ["a", "b", "c"], 0, []
@@ -1082,6 +1106,8 @@ def test_however_much_there_is_it_is_read_from_an_index(client: TestClient) -> N
         plan = str([row["detail"] for row in rows])
         assert "SEARCH" in plan, statement
         assert not re.search(r"SCAN (?!CONSTANT)|TEMP B-TREE", plan), (statement, plan)
+        rows = app.state.storage.reader.execute(statement).fetchall()
+        assert len(rows) <= lobby.WINDOW + 1, statement
 
 
 @pytest.mark.parametrize("shape", [0, 2, 99])
@@ -1157,6 +1183,19 @@ def test_hashing_runs_in_its_own_few_threads(client: TestClient) -> None:
     held.set()
     waiting.join()
     assert answers[0].status_code == 200
+
+
+def test_the_loop_computes_no_hash(client: TestClient) -> None:
+    """With the threads for it held up a log-in waits, and whatever comes after it is served."""
+    held, logins = threading.Event(), app.state.logins
+    for _ in range(2):
+        logins.threads.submit(held.wait)
+    log_in = client.portal.start_task_soon(logins.log_in, "user1", "password1")
+    assert client.get("/items/5").status_code == 200
+    waiting = logins.hashing
+    held.set()
+    assert log_in.result(20)["token_type"] == "bearer"
+    assert waiting == 1
 
 
 def test_when_too_many_passwords_wait_a_log_in_is_put_off(
@@ -1504,6 +1543,49 @@ def test_a_kick_closes_all_sockets_of_one_person(client: TestClient) -> None:
         conversation.nothing_came()
 
 
+def test_of_two_ends_at_once_the_first_is_told(client: TestClient) -> None:
+    mine = bearer()
+    with (
+        chat(client, "user2") as conversation,
+        client.websocket_connect("/ws/protected", headers=mine) as websocket,
+    ):
+        websocket.receive_text()
+        with held_up():
+            conversation.say("is being stored", "m1")  # so both that follow are one batch
+            conversation.nothing_came()
+            kick, ban = (
+                client.portal.start_task_soon(
+                    app.state.change, {"type": kind, "folded": "user1", "by": "admin"}
+                )
+                for kind in ("kick", "ban")
+            )
+            conversation.nothing_came()
+            assert len(app.state.manager.pending) == 2
+        assert [kick.result(20)["sockets"], ban.result(20)["sockets"]] == [1, 1]
+        assert closed(websocket) == (1008, "Kicked")
+
+
+def test_an_end_that_comes_too_late_is_no_error(client: TestClient) -> None:
+    """After the token has expired but before the handler knows, and after the socket is closed."""
+
+    async def end_expired(connection: lobby.Connection) -> None:
+        connection.deadline.reschedule(0)
+        await asyncio.sleep(0)
+        assert connection.deadline.expired()
+        connection.end("forbidden", "Kicked")
+
+    with client.websocket_connect("/ws/protected", headers=bearer()) as websocket:
+        websocket.receive_text()
+        (connection,) = app.state.connections
+        client.portal.call(end_expired, connection)
+        assert closed(websocket) == (1008, "Unauthorized: Token expired")
+    with client.websocket_connect("/ws/protected", headers=bearer()) as websocket:
+        websocket.receive_text()
+        (connection,) = app.state.connections
+    assert not app.state.connections
+    client.portal.call(connection.end, "forbidden", "Kicked")
+
+
 def test_who_is_banned_is_out_until_unbanned(client: TestClient) -> None:
     mine, credentials = bearer(), {"username": "user1", "password": "password1"}
     with client.websocket_connect("/ws/chat", headers=mine) as tab:
@@ -1563,6 +1645,22 @@ def test_a_batch_is_encoded_once_for_all_its_readers() -> None:
         wires.add(id(batch[encode].wire))
     assert encodings == [2]
     assert len(wires) == 1
+
+
+def test_a_message_is_encoded_once_however_many_hear_it(client: TestClient) -> None:
+    encoded: list[str] = []
+
+    def encode(events: Any) -> list[bytes]:
+        events = list(events)
+        encoded.extend(event["type"] for event in events)
+        return lobby.as_json(events)
+
+    with chat(client) as one, chat(client, "user2") as two, chat(client, "admin") as three:
+        for connection in app.state.connections:
+            connection.encode = encode
+        one.say("hello", "m1")
+        assert one.next("message") == two.next("message") == three.next("message")
+    assert encoded.count("message") == 1
 
 
 @pytest.mark.parametrize(
@@ -1714,6 +1812,109 @@ def test_one_who_reads_no_answers_is_not_listened_to(serve: Callable[..., Server
             raw.sendall(request * 20)
     assert memory(server.process.pid) - before < 50 * 2**20
     raw.close()
+
+
+def test_one_who_reads_late_gets_every_answer(serve: Callable[..., Server]) -> None:
+    """Of 24 megabytes of answers, no more is made than its line takes; so it is not too slow."""
+    server = serve()
+    writer = server.chat(server.token())
+    for n in range(200):
+        writer.say("x" * 4000, f"m{n}")
+    while writer.next("message")["mid"] != "m199":
+        pass
+    protocols = ["lobby.v1", f"bearer.{server.token('user2')}"]
+    with server.connect("/ws/chat", subprotocols=protocols, max_queue=1) as websocket:
+        late = Chat(lambda: str(websocket.recv(timeout=20)), websocket.send)
+        for _ in range(30):
+            late.send("history", room="lobby", limit=200)
+        writer.next("joined")
+        for n in range(60):  # with each turn of this, one more request could be obeyed
+            writer.say("meanwhile", f"n{n}")
+            assert writer.next("message")["mid"] == f"n{n}"
+        late.next("presence")
+        for _ in range(30):
+            assert len(late.next("history")["messages"]) == 200
+
+
+def test_one_who_reads_late_gets_all_that_was_written(serve: Callable[..., Server]) -> None:
+    """More than buffers hold, less than the window; and nobody writes any more."""
+    server = serve()
+    writer, secret = server.chat(server.token()), server.token("user2")
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", server.port))
+    protocols, mids = ["lobby.v1", f"bearer.{secret}"], [f"m{n}" for n in range(100)]
+    with server.connect("/ws/chat", subprotocols=protocols, sock=raw, max_queue=1) as websocket:
+        late = Chat(lambda: str(websocket.recv(timeout=20)), websocket.send)
+        writer.next("joined")
+        for mid in mids:
+            writer.say("😀" * 4000, mid)  # 1.6 megabytes in all
+            assert writer.next("message")["mid"] == mid
+        assert [late.next("message")["mid"] for _ in mids] == mids
+
+
+def test_one_who_reads_nothing_is_cut_off_by_private_messages_too(
+    serve: Callable[..., Server],
+) -> None:
+    """They are no part of the log of a room that it follows, so they wait for it alone."""
+    server = serve()
+    writer, secret = server.chat(server.token()), server.token("user2")
+    stalled = server.raw_socket("/ws/chat", f"Authorization: Bearer {secret}", receive_buffer=4096)
+    flood(writer, room="@user1+user2")
+    server.wait_for_log(r"(disconnected 'user2')")
+    assert "closed '/ws/chat': 1013 Too slow" in server.log.read_text()
+    stalled.close()
+
+
+def test_a_bug_in_writing_to_one_client_stops_nobody_else(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither those who follow the same room, nor who waits for what becomes of a change."""
+
+    def fail(events: Any) -> list[bytes]:
+        raise ZeroDivisionError
+
+    told: list[Any] = []
+    message = lobby.new_message("lobby", lobby.Bearer("user1", "", "", 0), "hello", None)
+    with chat(client) as one, chat(client, "user2"), chat(client, "admin") as other:
+        (unlucky,) = app.state.manager.clients["user2"]
+        unlucky.encode = fail
+        client.portal.call(app.state.manager.post, message, told.append)
+        assert act(client, "admin", "nobody/kick") == 404  # is applied after it
+        unlucky.encode = lobby.as_json
+        assert [outcome["text"] for outcome in told] == ["hello"]
+        assert one.next("message") == other.next("message") == told[0]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_bug_in_an_answer_does_not_stop_the_committer(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(outcome: Any) -> None:
+        raise ZeroDivisionError
+
+    message = lobby.new_message("lobby", lobby.Bearer("user1", "", "", 0), "hello", None)
+    with chat(client) as conversation:
+        client.portal.call(app.state.manager.post, message, fail)
+        assert conversation.next()["text"] == "hello"
+        conversation.say("and on", "m1")
+        assert conversation.next()["text"] == "and on"
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_who_is_ended_is_told_nothing_more(client: TestClient) -> None:
+    """It would come after a gap, if the end is for being too slow."""
+
+    def end_and_tell(connection: lobby.Client) -> None:
+        connection.end("unavailable", "Too slow")
+        connection.tell({"type": "text", "text": "too late"})
+
+    with chat(client) as conversation:
+        (connection,) = app.state.connections
+        client.portal.call(end_and_tell, connection)
+        with pytest.raises(WebSocketDisconnect) as error:
+            conversation.next()
+    assert (error.value.code, error.value.reason) == (1013, "Too slow")
 
 
 def memory(pid: int) -> int:
@@ -1873,6 +2074,22 @@ def test_the_answer_to_a_resend_does_not_overtake_the_room(client: TestClient) -
         ids = [one.next("message")["id"] for _ in range(7)]
     assert ids == sorted(ids)
     assert ids[0] > original
+
+
+def test_the_answer_to_a_resend_does_not_overtake_what_another_room_has(client: TestClient) -> None:
+    """Its line was given what came in the first room, and takes no more for the moment."""
+    with chat(client) as conversation:
+        conversation.send("join", room="tea")
+        conversation.next("joined")
+        with held_up():
+            conversation.say("is being stored", "m0")  # so all that follows is one batch
+            conversation.nothing_came()
+            conversation.say("in the lobby", "m1")
+            for text, mid in (("first", "m2"), ("last", "m3"), ("last", "m3")):
+                conversation.say(text, mid, room="tea")
+            conversation.nothing_came()
+        texts = [conversation.next()["text"] for _ in range(5)]
+    assert texts == ["is being stored", "in the lobby", "first", "last", "last"]
 
 
 def test_resending_everything_stores_nothing_twice(database: Path) -> None:
@@ -2365,6 +2582,27 @@ def test_what_cannot_be_resumed_is_said_to_be_incomplete(
     assert ids_after(client, ids[-1] + 1) == (ids, False)  # from the future
 
 
+def test_after_too_many_deletions_nothing_is_resumed(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby, "WINDOW", 10)
+    ids = [post(client, f"{n}") for n in range(15)]
+    assert {delete(client, id) for id in ids[:10]} == {204}
+    assert ids_after(client, ids[-1]) == ([], True)
+    assert delete(client, ids[10]) == 204
+    assert ids_after(client, ids[-1]) == (ids[11:], False)
+
+
+def test_of_long_texts_fewer_are_resumed(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of 4,000 characters takes as much of the window as four short ones."""
+    monkeypatch.setattr(lobby, "WINDOW", 10)
+    ids = [post(client, "x" * 4000) for _ in range(5)]
+    assert ids_after(client, ids[2]) == (ids[3:], True)
+    assert ids_after(client, ids[1]) == (ids, False)
+
+
 @pytest.mark.parametrize("room", ["lobby", "@user1+user2"])
 def test_reconnecting_at_any_moment_loses_and_repeats_nothing(
     client: TestClient, room: str
@@ -2379,7 +2617,7 @@ def test_reconnecting_at_any_moment_loses_and_repeats_nothing(
                 while n % 10 == 9 and writer.next("message")["mid"] != f"m{n}":
                     pass
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
     texts = []
     while len(texts) < total:
@@ -2544,12 +2782,12 @@ def test_importing_the_file_opens_nothing(tmp_path: Path) -> None:
     assert ended.stdout.strip() == b"[] 1"
 
 
-def flood(writer: Chat, *readers: Chat) -> None:
+def flood(writer: Chat, *readers: Chat, room: str = "lobby") -> None:
     """Write thirteen megabytes, more than any buffer on the way to a stalled reader holds."""
     for first in range(0, 3300, 10):
         mids = [f"m{n}" for n in range(first, first + 10)]
         for mid in mids:
-            writer.say("x" * 4000, mid)
+            writer.say("x" * 4000, mid, room)
         for chat in (writer, *readers):
             assert [chat.next("message")["mid"] for _ in mids] == mids
 
@@ -2619,6 +2857,17 @@ def test_a_signal_ends_the_server_soon_and_cleanly(serve: Callable[..., Server])
     assert time.monotonic() - started < 15
     assert "Traceback" not in server.log.read_text()
     stalled.close()
+
+
+def test_what_still_waits_at_the_end_is_stored(database: Path) -> None:
+    """Many batches of it."""
+    me = lobby.Bearer("user1", "", "", 0)
+    with Entered(app) as client, held_up():
+        for n in range(1000):
+            message = lobby.new_message("lobby", me, f"{n}", None)
+            client.portal.call(app.state.manager.post, message)
+    with closing(sqlite3.connect(database)) as db:
+        assert db.execute("SELECT count(*) FROM messages").fetchone() == (1000,)
 
 
 def test_a_handshake_that_is_none_is_refused_and_hinders_no_shutdown(
