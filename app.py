@@ -1961,7 +1961,8 @@ def main() -> None:
         ws_per_message_deflate=False,  # it would compress the same text once for each reader
         timeout_graceful_shutdown=5,
     )
-    log.info("running on http://%s:%d", *listener.getsockname()[:2])
+    host, port, *_ = listener.getsockname()
+    log.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it logs each socket once more
     gc.freeze()  # a full collection takes 0.2 s with 1,000 sockets, and finds nothing
     gc.set_threshold(50_000, 50, 1_000)
