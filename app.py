@@ -662,7 +662,6 @@ WINDOW = 1_000  # newest events that an open room keeps, and most messages that 
 SEARCHED = 100  # messages that a search reads between two turns of the loop
 
 FAILED = ("unavailable", "The database failed, try again", 1.0)  # the arguments of Refused
-
 Event = dict[str, Any]  # and a change, which becomes one
 
 
@@ -1844,7 +1843,6 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app.router.lifespan_context = lifespan
-
 STALL_SECONDS = 30  # how long a peer may take no byte of what waits for it
 PONG_SECONDS = 120.0  # a ping may stand behind megabytes for a slow line
 SEND_BUFFER = 256 * KIB  # of the kernel, for each socket: it would hide megabytes
