@@ -907,6 +907,8 @@ LONGEST_FORM = 4  # characters make one at most: what has more times its limit i
 def normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
     """A text in its one spelling. Raises ValueError for none, or for over 30 marks on a letter:
     to put them in order takes the square of their number (UAX #15, section 13)."""
+    if text.isascii():
+        return text
     marks = "".join("m" if unicodedata.combining(character) else "-" for character in text)
     if "m" * 31 in marks or re.search("[\ud800-\udfff]", text):
         raise PydanticCustomError("invalid", "The text has what no script is written with")
