@@ -1187,6 +1187,8 @@ async def unban(request: Request, username: Username, me: Me) -> dict[str, Any]:
 # must not be interrupted is a plain function without `await`.
 
 MAX_BATCH = 250  # changes in one transaction; well below WINDOW, or batches outrun readers
+RUSH = 20  # changes; after a batch of more, the next one waits for others
+GATHER_SECONDS = 0.003  # how long it does
 MAX_PENDING = 10_000  # changes that may wait for the disk before new messages are refused
 MAX_FRAME = 256 * KIB  # bytes after which a frame takes no further batch; one answer may be more
 MAX_FRAMES = 32  # of plain text that are sent one by one; more go out as lines of one frame
@@ -1426,13 +1428,11 @@ class ConnectionManager:
 
     async def commit_forever(self) -> None:
         """The committer: apply what is pending, then show it."""
+        taken: Sequence[tuple[Event, Done | None]] = ()
         while True:
             await self.posted.wait()
-            # Who was shown a batch answers at once: while more comes at every turn, it is taken.
-            before = -1
-            while before < len(self.pending) < MAX_BATCH:
-                before = len(self.pending)
-                await asyncio.sleep(0)
+            # Each batch costs a commit, and a write for each reader: in a rush they are gathered.
+            await asyncio.sleep(GATHER_SECONDS if len(taken) > RUSH else 0)
             taken, self.pending = self.pending[:MAX_BATCH], self.pending[MAX_BATCH:]
             if not self.pending:
                 self.posted.clear()
