@@ -48,6 +48,7 @@ import base64
 import functools
 import gc
 import hashlib
+import ipaddress
 import itertools
 import json
 import logging
@@ -57,6 +58,7 @@ import re
 import secrets
 import socket
 import sqlite3
+import sys
 import time
 import unicodedata
 import uuid
@@ -68,6 +70,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import jwt
 import uvicorn
@@ -97,7 +100,7 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30  # bytes
 # each request an id, times it, and survives its bugs. So no route has to answer for failures.
 
 app = FastAPI(title="Lobby")
-app.state.origins = frozenset()  # further origins whose pages may open sockets: chapter 11
+app.state.origins = frozenset()  # further ones whose pages are welcome, by chapter 11
 app.router.max_body_size = 1 * MIB  # FastAPI(max_body_size=...) is outside of our middleware
 SANE_ID = re.compile(r"[\w.~+/=:-]{1,128}", re.ASCII)  # of a request, which its client may give
 
@@ -168,10 +171,37 @@ async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
             await asyncio.wait_for(websocket.close(error.code, error.reason), timeout=1)
 
 
-def is_another_sites(scope: Scope, headers: Headers) -> bool:
-    """Whether another site's page opens this socket: browsers let it, and say truly whose it is."""
-    own = (f"{scheme}://{headers.get('host')}" for scheme in ("http", "https"))
-    return headers.get("origin") not in (None, *own, *scope["app"].state.origins)
+@functools.lru_cache(1_024)
+def host_of(url: str) -> str:
+    """``localhost`` of ``http://localhost:8000``; "" if that is no URL."""
+    with suppress(ValueError):
+        return urlsplit(url).hostname or ""
+    return ""
+
+
+@functools.lru_cache(1_024)
+def is_loopback(host: str) -> bool:
+    """Whether this name or address can only mean this machine."""
+    with suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def why_foreign(scope: Scope, headers: Headers) -> str | None:
+    """Why another site may be behind this request; None for nothing.
+
+    Every page may open a socket to every site: browsers only say, and truly, whose page it is. And
+    a site can let its own name mean this machine (DNS rebinding), so that its page looks like ours.
+    """
+    host, origin = headers.get("host", "localhost"), headers.get("origin")
+    own = (f"{scheme}://{host}" for scheme in ("http", "https"))
+    origins = scope["app"].state.origins
+    if scope["type"] == "websocket" and origin not in (None, *own, *origins):
+        return f"A page of {origin!r} may not open sockets here; CHAT_ORIGINS may name it"
+    at, name = scope.get("server") or ("", 0), host_of(f"//{host}")
+    if is_loopback(at[0]) and not is_loopback(name) and name not in map(host_of, origins):
+        return f"The host {name!r} is not known here; CHAT_ORIGINS may name its origin"
+    return None
 
 
 class RequestContextMiddleware:
@@ -201,9 +231,12 @@ class RequestContextMiddleware:
                 message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
-        if scope["type"] == "websocket" and is_another_sites(scope, headers):
-            log.info("refused a socket to a page of %r", headers["origin"])
-            await send({"type": "websocket.close"})  # before it is accepted: that is a 403
+        if reason := why_foreign(scope, headers):
+            log.info("refused: %s", reason)
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close"})  # before it is accepted: that is a 403
+            else:
+                await JSONResponse({"detail": reason}, 403)(scope, receive, send_with_headers)
         else:
             await self.survive(scope, receive, send_with_headers)
 
@@ -229,7 +262,57 @@ app.add_middleware(RequestContextMiddleware)
 # A request's head is there at once; its body arrives later, in pieces, once, and from
 # somebody who may not mean well. `Request` is the view of both. The first routes show one
 # thing each, `/inspect` shows all of it, and `/body/...` the four ways to read a body, each
-# with a limit, and what happens when it is read twice.
+# with limits, and what happens when it is read twice.
+
+BODY_SECONDS = 20  # how long the next piece is waited for, and
+BODY_RATE = 16 * KIB  # bytes a second that come at least, as by Apache's mod_reqtimeout
+FREE_BODY = 64 * KIB  # bytes of a body that are always taken; so small ones always fit
+MAX_BODIES = 48 * MIB  # bytes, beyond these, of all bodies on their way into memory
+MAX_IN_MEMORY = 16 * MIB  # of one body; a route that takes more must read it chunk by chunk
+
+
+class BodyMiddleware:
+    """Ends bodies that come too slowly, or are too large together: FastAPI limits each alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.held = 0  # bytes of all bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        now = asyncio.get_running_loop().time
+        deadline: float | None = now() + BODY_SECONDS
+        size = held = 0
+
+        async def receive_in_time() -> Message:
+            nonlocal deadline, size, held
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                close = {"Connection": "close"}
+                raise HTTPException(408, "The body came too slowly", close) from None
+            if deadline is None or not message.get("more_body"):
+                deadline = None  # it is whole, and the next message is that the client has left
+                return message
+            size += len(message["body"])
+            deadline = min(deadline + len(message["body"]) / BODY_RATE, now() + BODY_SECONDS)
+            if scope["starlette.max_body_size"] <= MAX_IN_MEMORY:
+                more = max(0, size - FREE_BODY) - held
+                may = not more or self.held + more <= MAX_BODIES
+                must(may, "unavailable", "Too many large bodies at once", BODY_SECONDS)
+                held, self.held = held + more, self.held + more
+            return message
+
+        try:
+            await self.app(scope, receive_in_time, send)
+        finally:
+            self.held -= held
+
+
+app.add_middleware(BodyMiddleware)
 
 
 @app.get("/items/")
@@ -594,6 +677,8 @@ class Settings(BaseModel):  # ``port`` is the environment's CHAT_PORT
     db: Path = Path("chat.db")
     secret: bytes | None = Field(None, min_length=32)  # RFC 7518, section 3.2
     token_minutes: float = Field(60, gt=0, le=525_600)
+    login_days: float = Field(30, gt=0, le=3_650)  # how long a log-in can be renewed
+    register_: bool = True  # False: nobody but an admin makes new people
     origins: Annotated[frozenset[str], BeforeValidator(split_origins)] = frozenset()
     demo_users: bool = True
     rate: float = Field(10, ge=0, allow_inf_nan=False)  # messages a second; 0: no limit
@@ -602,22 +687,15 @@ class Settings(BaseModel):  # ``port`` is the environment's CHAT_PORT
     @classmethod
     def from_environment(cls) -> Settings:
         """Read the ``CHAT_...`` variables. Raises StartError for an unusable one."""
-        names = {f"CHAT_{field.upper()}": field for field in cls.model_fields}
+        names = {f"CHAT_{field.upper().rstrip('_')}": field for field in cls.model_fields}
         given = {names[name]: os.environ[name] for name in names if name in os.environ}
         try:
-            settings = cls.model_validate(given)
+            return cls.model_validate(given)
         except ValidationError as error:
             first = error.errors()[0]
-            name = str(first["loc"][0])
-            shown = "" if name == "secret" else f"={given[name]!r}"
-            raise StartError(f"CHAT_{name.upper()}{shown}: {first['msg']}") from None
-        is_meant = "demo_users" in settings.model_fields_set or not settings.demo_users
-        if not is_meant and settings.host not in ("127.0.0.1", "::1", "localhost"):
-            raise StartError(
-                f"CHAT_HOST={settings.host!r} can be reached from other machines, and the demo "
-                "people's passwords are public: set CHAT_DEMO_USERS to 0, or to 1 if you mean it"
-            )
-        return settings
+            name = next(name for name, field in names.items() if field == first["loc"][0])
+            shown = "" if name == "CHAT_SECRET" else f"={os.environ[name]!r}"
+            raise StartError(f"{name}{shown}: {first['msg']}") from None
 
 
 # 6. Storage ===========================================================================
@@ -629,14 +707,16 @@ class Settings(BaseModel):  # ``port`` is the environment's CHAT_PORT
 # between the question and the change. A route says `await state.change({"type": ...})`, and is
 # given what became of it, or raised Refused; how changes get here, chapter 9 shows.
 
-SHAPE = 3  # of the tables; a file of another shape is refused
+SHAPE = 4  # of the tables; a file of another shape is refused
 TABLES = """
 CREATE TABLE epoch (name TEXT NOT NULL);
 INSERT INTO epoch VALUES (lower(hex(randomblob(8))));
 -- folded: the name without regard to case. password: its salt and hash.
 CREATE TABLE people (name TEXT PRIMARY KEY, folded TEXT NOT NULL UNIQUE, password TEXT NOT NULL,
     role TEXT NOT NULL, banned INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE logins (sid TEXT PRIMARY KEY, user TEXT NOT NULL, ends REAL NOT NULL);
+-- stays: by an expired token it can be renewed as well, until it ends.
+CREATE TABLE logins (sid TEXT PRIMARY KEY, user TEXT NOT NULL, stays INTEGER NOT NULL,
+    ends REAL NOT NULL);
 -- at, ends: seconds since 1970, UTC. deleted: NULL or, once its text is wiped, the newest id of
 -- that moment; the row stays, so that a resend finds it.
 CREATE TABLE messages (id INTEGER PRIMARY KEY, room TEXT NOT NULL, user TEXT NOT NULL,
@@ -645,7 +725,7 @@ CREATE INDEX messages_of_room ON messages (room, id);
 CREATE INDEX deleted_of_room ON messages (room, deleted) WHERE deleted IS NOT NULL;
 -- Who may list a room: '' is everybody; @alice+bob has a row for each of the two.
 CREATE TABLE rooms (person TEXT, room TEXT, last_id INTEGER, PRIMARY KEY (person, room));
-CREATE INDEX newest_rooms ON rooms (person, last_id);
+CREATE INDEX newest_rooms ON rooms (person, last_id, room);
 CREATE TRIGGER list_room AFTER INSERT ON messages WHEN new.room NOT LIKE '@%' BEGIN
     INSERT INTO rooms VALUES ('', new.room, new.id) ON CONFLICT DO UPDATE SET last_id = new.id;
 END;
@@ -657,12 +737,13 @@ END;
 """
 COLUMNS = "id, room, user, text, at, mid"  # of a message, as its event has them
 MAX_ID = 2**63 - 1  # the largest integer that SQLite holds
+LAST = "\U0010ffff"  # comes after each character of a name
 BUSY_SECONDS = 5  # how long a change waits for another program that writes
 WINDOW = 1_000  # newest events that an open room keeps, and most messages that are resumed
 SEARCHED = 100  # messages that a search reads between two turns of the loop
 
-FAILED = ("unavailable", "The database failed, try again", 1.0)  # the arguments of Refused
 Event = dict[str, Any]  # and a change, which becomes one
+ASIDE = ("by", "old", "password")  # what a change needs, and its event does not tell
 
 
 def size_of(event: Event) -> float:
@@ -684,10 +765,12 @@ class Storage:
         self.close = self.databases.close
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self.searching = asyncio.Lock()
+        self.is_failing = False
         try:
             # A second process would announce its messages to nobody here: it is kept out.
             self._connect(f"{path}.lock", timeout=0).execute("BEGIN EXCLUSIVE")
             path.touch(mode=0o600)  # password hashes are nobody else's business
+            self.path, self.opened = path, path.stat()
             self.writer = self._connect(str(path), timeout=BUSY_SECONDS)
             self._prepare()
             # The loop must not wait, not even for another program's lock.
@@ -725,14 +808,31 @@ class Storage:
         try:
             return self.reader.execute(sql, values).fetchall()
         except sqlite3.Error:
-            log.exception("the database failed in reading")
-            raise Refused(*FAILED) from None
+            raise self._failed("in reading") from None
+
+    def _failed(self, where: str) -> Refused:
+        """Log an error of the database: once until a change succeeds, since all will meet it."""
+        if not self.is_failing:
+            log.exception("the database failed %s", where)
+        self.is_failing = True
+        return Refused("unavailable", "The database failed, try again", retry_after=1)
+
+    def is_in_place(self) -> bool:
+        """Whether the file's name still leads to the file that is open."""
+        with suppress(OSError):
+            return os.path.samestat(self.opened, self.path.stat())
+        return False
 
     def find_person(self, folded: str, sid: str = "") -> Any:
-        """The person whose name folds to this, or None; ``is_logged_in``: by this log-in."""
-        is_logged_in = "EXISTS (SELECT 1 FROM logins WHERE sid = ? AND user = name) AS is_logged_in"
-        rows = self.query(f"SELECT *, {is_logged_in} FROM people WHERE folded = ?", sid, folded)
+        """The person whose name folds to this, or None; ``stays``: of this log-in, None if over."""
+        stays = "(SELECT stays FROM logins WHERE sid = ? AND user = name) AS stays"
+        rows = self.query(f"SELECT *, {stays} FROM people WHERE folded = ?", sid, folded)
         return rows[0] if rows else None
+
+    def find_people(self, start: str, limit: int = 50) -> list[Any]:
+        """People whose folded names begin so, by name."""
+        sql = "SELECT name, role, banned FROM people WHERE folded BETWEEN ? AND ?"
+        return self.query(f"{sql} ORDER BY folded LIMIT ?", start, f"{start}{LAST}", limit)
 
     def page(
         self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
@@ -772,10 +872,17 @@ class Storage:
             return None
         return [messages, [{"type": "deleted", "room": room, "id": id} for (id,) in deleted]]
 
-    def rooms(self, person: str, limit: int, before: int = MAX_ID) -> list[tuple[str, int]]:
-        """Names and newest ids of conversations or, for "", everybody's rooms; the newest first."""
-        sql = "SELECT room, last_id FROM rooms WHERE person = ? AND last_id < ?"
-        return self.query(f"{sql} ORDER BY last_id DESC LIMIT ?", person, before, limit)
+    def rooms(self, person: str, limit: int, before: int = MAX_ID, start: str = "") -> list[Any]:
+        """Names and newest ids of conversations or, for "", everybody's rooms, the newest first;
+        of those whose names begin so."""
+        where = "FROM rooms WHERE person = ?1 AND room BETWEEN ?2 AND ?3"
+        values = (person, start, start + LAST)
+        # Few are all sorted; along the newest, many are soon met. (A plus: not by this index.)
+        many = not start or self.query(f"SELECT 1 {where} LIMIT 1 OFFSET 1000", *values)
+        by_name, by_id = ("+", "") if many else ("", "+")
+        where = where.replace("room BETWEEN", f"{by_name}room BETWEEN")
+        sql = f"SELECT room, last_id {where} AND {by_id}last_id < ?4 ORDER BY {by_id}last_id DESC"
+        return self.query(f"{sql} LIMIT ?5", *values, before, limit)
 
     def is_written(self, room: str) -> bool:
         return bool(self.query("SELECT 1 FROM messages WHERE room = ? LIMIT 1", room))
@@ -795,12 +902,13 @@ class Storage:
                 for kind, run in itertools.groupby(changes, itemgetter("type")):
                     make = self._store if kind == "message" else self._make_each
                     outcomes += make(list(run))
-                return outcomes
+            self.is_failing = False
+            return outcomes
         except Exception:
-            log.exception("the database failed in changing")
+            refusal = self._failed("in changing")
             kicks = [change for change in changes if change["type"] == "kick"]  # need no row
             outcome_of = dict(zip(map(id, kicks), self._make_each(kicks, alone=True), strict=True))
-            return [outcome_of.get(id(change), Refused(*FAILED)) for change in changes]
+            return [outcome_of.get(id(change), refusal) for change in changes]
 
     def _store(self, messages: Sequence[Event]) -> list[Event | Refused]:
         """Store messages by one statement, since each gives up Python's interpreter lock."""
@@ -825,14 +933,13 @@ class Storage:
         for change in changes:
             try:
                 self._make(change)
-                outcomes.append({key: value for key, value in change.items() if key != "by"})
+                outcomes.append({key: change[key] for key in change if key not in ASIDE})
             except Refused as refusal:
                 outcomes.append(refusal)
             except Exception:  # it is refused alone, unless the database has given up all of it
                 if not (alone or self.writer.in_transaction):
                     raise
-                log.exception("a change failed: %s", change["type"])
-                outcomes.append(Refused(*FAILED))
+                outcomes.append(self._failed(f"in changing: {change['type']}"))
         return outcomes
 
     def _make(self, change: Event) -> None:
@@ -842,18 +949,25 @@ class Storage:
         asking = self._value(sql, (change.get("by"),)) or "member"  # who is banned has no role left
         match change["type"]:
             case "register":
-                role = "member" if self._value("SELECT 1 FROM people") else "admin"
-                change.setdefault("role", role)  # somebody has to be one
+                is_first = not self._value("SELECT 1 FROM people")
+                self._check_registering(change, asking, is_first)
+                change.setdefault("role", "admin" if is_first else "member")
                 sql = "INSERT OR IGNORE INTO people (name, folded, password, role) VALUES"
                 done = run(f"{sql} (:user, :folded, :password, :role)", change)
                 must(done.rowcount, "conflict", "This username is taken")
             case "login":  # the password may have changed while it was checked
                 run("DELETE FROM logins WHERE ends < :at", change)
-                sql = "INSERT INTO logins SELECT :sid, name, :ends FROM people"
+                sql = "INSERT INTO logins SELECT :sid, name, :stays, :ends FROM people"
                 done = run(f"{sql} WHERE name = :user AND password = :password", change)
                 must(done.rowcount, "unauthorized", "Bad username or password")
             case "logout":
                 run("DELETE FROM logins WHERE sid = :sid", change)
+            case "password":
+                self._check_password(change, asking)
+                run("UPDATE people SET password = :password WHERE name = :user", change)
+                run("DELETE FROM logins WHERE user = :user", change)
+            case "health":
+                run("UPDATE epoch SET name = name")
             case "deleted":
                 self._check_author(change, asking)
                 newest = "(SELECT max(id) FROM messages)"
@@ -868,6 +982,19 @@ class Storage:
     def _value(self, sql: str, fields: Any = ()) -> Any:
         row = self.writer.execute(sql, fields).fetchone()
         return row and row[0]
+
+    def _check_registering(self, change: Event, asking: str, is_first: bool) -> None:
+        may = change["is_local"] or not is_first
+        must(may, "forbidden", "The first person, who becomes admin, registers over loopback")
+        may = is_first or change["is_open"] or asking == "admin"
+        must(may, "forbidden", "Registration is closed: only an admin may add people")
+
+    def _check_password(self, change: Event, asking: str) -> None:
+        if "old" in change:  # it may have changed while it was checked
+            sql = "SELECT 1 FROM people WHERE name = :user AND password = :old"
+            must(self._value(sql, change), "forbidden", "The old password is wrong")
+        else:
+            self._check_role(change, asking, "admin")
 
     def _check_author(self, change: Event, asking: str) -> None:
         sql = "SELECT user FROM messages WHERE id = :id AND room = :room AND deleted IS NULL"
@@ -886,7 +1013,7 @@ class Storage:
         may = asking == "admin" or role == "member"
         must(may, "forbidden", f"Only an admin may do this to somebody who is {role}")
         others = "SELECT 1 FROM people WHERE role = 'admin' AND NOT banned AND name != :user"
-        stays = change["type"] in ("kick", "unban") or change.get("role") == "admin"
+        stays = change["type"] not in ("ban", "role") or change.get("role") == "admin"
         stays = stays or role != "admin" or self._value(others, change)
         must(stays, "conflict", "The last admin can be neither banned nor demoted")
 
@@ -942,13 +1069,43 @@ class Bearer(NamedTuple):  # who is asking, by which log-in, until when (seconds
     ends: float
 
 
+class Claims(BaseModel):
+    """What a token says: by RFC 7519 or, the two in the middle, by OpenID Connect. Without any of
+    these, it could be good for ever."""
+
+    sub: str  # whose it is
+    sid: str  # by which log-in
+    auth_time: float  # when the password was given, in seconds since 1970, as the others
+    iat: float
+    exp: float = Field(lt=10**11)
+
+
+def is_another_machine(host: str | None) -> bool:
+    """Whether this is an address in the network; a Unix socket's peer, or a test's, has none."""
+    with suppress(ValueError):
+        return not ipaddress.ip_address(host or "").is_loopback
+    return False
+
+
 def one_spelling(password: str) -> str:
     return normalize("NFKC", password[: LONGEST_FORM * MAX_PASSWORD])  # keyboards differ
+
+
+def hash_password(password: str, salt: bytes) -> str:
+    """What is stored of it. OWASP (Password Storage Cheat Sheet): 16 MiB and 0.2 s a guess."""
+    key = hashlib.scrypt(password.encode(), salt=salt, n=2**14, r=8, p=5, maxmem=64 * MIB)
+    return f"{salt.hex()}${key.hex()}"
+
+
+def is_password(password: str, stored: str) -> bool:
+    salt = bytes.fromhex(stored.partition("$")[0])
+    return secrets.compare_digest(hash_password(password, salt), stored)
 
 
 NO_PASSWORD = f"{'00' * 16}${'00' * 64}"  # what a name that nobody has is checked against
 Change = Callable[[Event], Awaitable[Event]]  # posts a change; see chapter 6
 MAX_HASHING = 20  # passwords that may wait for one of two threads: 2 s
+MAX_HASHING_EACH = 4  # of one address, or one who guesses would keep everybody out
 
 
 class Logins:
@@ -956,74 +1113,109 @@ class Logins:
 
     def __init__(self, settings: Settings, storage: Storage, change: Change) -> None:
         self.secret = settings.secret or load_or_create_secret(settings.db)
-        self.seconds = settings.token_minutes * 60
+        self.token_seconds = settings.token_minutes * 60
+        self.login_seconds = settings.login_days * 86_400
+        self.is_open = settings.register_  # to new people
         self.storage = storage
         self.change = change
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="password")
-        self.hashing = 0  # passwords that wait for a thread
+        self.hashing: Counter[str | None] = Counter()  # passwords that wait, of each address
 
-    async def scrypt(self, password: str, salt: bytes) -> bytes:
-        """OWASP's Password Storage Cheat Sheet: 16 MiB and 0.2 s for each guess; few at once."""
-        may = self.hashing < MAX_HASHING
+    async def in_thread(self, work: Callable[[], Any], host: str | None) -> Any:
+        """Hash a password for somebody at this address: few at once, and few of each."""
+        may = self.hashing.total() < MAX_HASHING and self.hashing[host] < MAX_HASHING_EACH
         must(may, "unavailable", "Too many log-ins at once, try again", retry_after=2)
-        work = functools.partial(hashlib.scrypt, salt=salt, n=2**14, r=8, p=5, maxmem=64 * MIB)
-        loop = asyncio.get_running_loop()
-        self.hashing += 1
+        self.hashing[host] += 1
         try:
-            return await loop.run_in_executor(self.threads, work, password.encode())
+            return await asyncio.get_running_loop().run_in_executor(self.threads, work)
         finally:
-            self.hashing -= 1
+            self.hashing[host] -= 1
+            self.hashing += Counter()  # forgets the zeros
 
-    async def register(self, name: str, password: str, **more: Any) -> Event:
-        """A new person; what is stored of the password is its salt and its hash."""
+    async def hash(self, password: str, host: str | None) -> str:
         salt = secrets.token_bytes(16)
-        stored = f"{salt.hex()}${(await self.scrypt(password, salt)).hex()}"
-        names = {"user": name, "folded": fold(name)}
-        return await self.change({"type": "register", **names, "password": stored, **more})
+        stored: str = await self.in_thread(lambda: hash_password(password, salt), host)
+        return stored
 
-    async def log_in(self, username: str, password: str) -> dict[str, Any]:
-        """A token for the right password. An unknown name takes as long as a known one."""
+    async def register(
+        self, name: str, password: str, host: str | None, by: str | None, **more: Any
+    ) -> Event:
+        """A new person, whom ``by`` makes, or they themselves from ``host``."""
+        person = {"user": name, "folded": fold(name), "password": await self.hash(password, host)}
+        may = {"by": by, "is_local": not is_another_machine(host), "is_open": self.is_open}
+        return await self.change({"type": "register", **person, **may, **more})
+
+    async def check(self, username: str, password: str, host: str | None) -> Any:
+        """The person whose password this is, or None. An unknown name takes as long as a known."""
         try:
             name, password = fold(username), one_spelling(password)
         except ValueError:  # nobody's
             name = password = ""
         person = self.storage.find_person(name)
         stored = person["password"] if person else NO_PASSWORD
-        salt, expected = map(bytes.fromhex, stored.split("$"))
-        is_right = secrets.compare_digest(await self.scrypt(password, salt), expected)
-        if not person or not is_right:
+        is_right = await self.in_thread(lambda: is_password(password, stored), host)
+        return person if is_right else None
+
+    async def log_in(
+        self, username: str, password: str, host: str | None, stay: bool = False
+    ) -> dict[str, Any]:
+        """A token for the right password."""
+        person = await self.check(username, password, host)
+        if not person:
             log.info("refused log-in as %r", username[:32])
             raise Refused("unauthorized", "Bad username or password")
         must(not person["banned"], "forbidden", "Banned")
-        return await self.start(person)
+        return await self.start(person["name"], person["password"], stay)
 
-    async def start(self, person: Any) -> dict[str, Any]:
-        """A new log-in, and its token, shaped as OAuth2 wants it (RFC 6749, section 5.1)."""
-        now = time.time()
-        sid, ends = secrets.token_urlsafe(16), math.ceil(now + self.seconds)
-        login = {"user": person["name"], "password": person["password"], "sid": sid}
+    async def start(self, name: str, stored: str, stay: bool) -> dict[str, Any]:
+        """A new log-in, if this is still what is stored of the password; answers its token."""
+        sid, now = secrets.token_urlsafe(16), time.time()
+        login = {"user": name, "password": stored, "sid": sid, "stays": stay}
+        ends = now + self.login_seconds
         await self.change({"type": "login", **login, "at": now, "ends": ends})
-        claims = {"sub": person["name"], "sid": sid, "iat": int(now), "exp": ends}
-        claims["auth_time"] = int(now)  # when the password was given (OpenID Connect)
-        token = jwt.encode(claims, self.secret, algorithm="HS256")
-        return {"access_token": token, "token_type": "bearer", "expires_in": round(self.seconds)}
+        return self.make_token(name, sid, now)
 
-    def find_bearer(self, token: str | None) -> Bearer:
-        """Who is asking, by what is stored about them now: the one way in, also for sockets."""
+    def make_token(self, name: str, sid: str, auth_time: float) -> dict[str, Any]:
+        """A token, shaped as OAuth2 wants it (RFC 6749, section 5.1). It ends with its log-in."""
+        now = time.time()
+        seconds = min(self.token_seconds, auth_time + self.login_seconds - now)
+        times = {"auth_time": int(auth_time), "iat": int(now), "exp": math.ceil(now + seconds)}
+        token = jwt.encode({"sub": name, "sid": sid, **times}, self.secret, algorithm="HS256")
+        return {"access_token": token, "token_type": "bearer", "expires_in": round(seconds)}
+
+    async def renew(self, token: str | None) -> dict[str, Any]:
+        """A new token of the same log-in, whose sockets live on until it ends."""
+        claims, person = self.read(token)
+        is_over = claims.auth_time + self.login_seconds <= time.time()
+        must(not is_over, "unauthorized", "Unauthorized: Log in again")
+        me = self.find_bearer(token, may_be_expired=person["stays"])
+        renewed = self.make_token(me.name, me.sid, claims.auth_time)
+        ends = self.read(renewed["access_token"])[0].exp
+        await self.change({"type": "renewed", "user": me.name, "sid": me.sid, "ends": ends})
+        return renewed
+
+    def read(self, token: str | None) -> tuple[Claims, Any]:
+        """What a token says that we have made, however long ago, and the person it names."""
         must(token, "unauthorized", "Unauthorized: No token provided")
-        # Without these, a token could be good forever, or choose how it is checked.
-        required: Any = {"require": ["sub", "sid", "iat", "auth_time", "exp"]}
-        try:
-            claims = jwt.decode(token or "", self.secret, algorithms=["HS256"], options=required)
-            person = self.storage.find_person(fold(claims["sub"]), str(claims["sid"]))
-        except jwt.ExpiredSignatureError:
-            raise Refused("unauthorized", "Unauthorized: Token expired") from None
-        except (jwt.PyJWTError, ValueError):
-            person = None
+        # When it ends, find_bearer looks; and a clock that was set back refuses nobody (iat).
+        unchecked: Any = {"verify_exp": False, "verify_iat": False}
+        claims: Any = None
+        person = None
+        with suppress(jwt.PyJWTError, ValueError):
+            claims = jwt.decode(token or "", self.secret, algorithms=["HS256"], options=unchecked)
+            claims = Claims.model_validate(claims)
+            person = self.storage.find_person(fold(claims.sub), claims.sid)
         must(person, "unauthorized", "Unauthorized: Invalid token")
+        return claims, person
+
+    def find_bearer(self, token: str | None, may_be_expired: bool = False) -> Bearer:
+        """Who is asking, by what is stored about them now: the one way in, also for sockets."""
+        claims, person = self.read(token)
+        is_good = may_be_expired or time.time() < claims.exp
+        must(is_good, "unauthorized", "Unauthorized: Token expired")
         must(not person["banned"], "forbidden", "Banned")
-        must(person["is_logged_in"], "unauthorized", "Unauthorized: Logged out")
-        return Bearer(person["name"], person["role"], claims["sid"], claims["exp"])
+        must(person["stays"] is not None, "unauthorized", "Unauthorized: Logged out")
+        return Bearer(person["name"], person["role"], claims.sid, claims.exp)
 
 
 def load_or_create_secret(db: Path) -> bytes:
@@ -1044,7 +1236,10 @@ def load_or_create_secret(db: Path) -> bytes:
 oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
 
 
-async def find_me(request: Request, token: Annotated[str | None, Depends(oauth2)]) -> Bearer:
+Token = Annotated[str | None, Depends(oauth2)]
+
+
+async def find_me(request: Request, token: Token) -> Bearer:
     return request.app.state.logins.find_bearer(token)  # type: ignore[no-any-return]
 
 
@@ -1068,10 +1263,15 @@ class Connection:
         self.deadline = asyncio.timeout(me.ends - time.time())
 
     def end(self, code: str, reason: str) -> None:
-        is_open = self in self.connections and not self.deadline.expired()
-        if is_open and self.ended_by is None:
+        if self.live_until(0):  # long ago: it cancels the handler, see __aexit__
             self.ended_by = code, reason
-            self.deadline.reschedule(0)  # long ago: it cancels the handler, see __aexit__
+
+    def live_until(self, ends: float) -> bool:
+        """Move the end to this time, in seconds since 1970, unless it has come already."""
+        is_open = self in self.connections and not self.deadline.expired()
+        if may := is_open and self.ended_by is None:
+            self.deadline.reschedule(asyncio.get_running_loop().time() + ends - time.time())
+        return may
 
     async def __aenter__(self) -> None:
         await self.deadline.__aenter__()
@@ -1087,25 +1287,53 @@ class Connection:
 
 
 InBody = Annotated[str, Body()]  # a field of the JSON body
+Stay = Annotated[bool, Body()]
 NewName = Annotated[str, Body(), AfterValidator(clean_name)]
-NewPassword = Annotated[str, Body(min_length=8, max_length=128), AfterValidator(one_spelling)]
+PasswordLength = Field(min_length=8, max_length=MAX_PASSWORD)
+NewPassword = Annotated[str, Body(), PasswordLength, AfterValidator(one_spelling)]
 
 
 @app.post("/login")
-async def login(request: Request, username: InBody, password: InBody) -> Any:
-    return await request.app.state.logins.log_in(username, password)
+async def login(request: Request, username: InBody, password: InBody, stay: Stay = False) -> Any:
+    """Log in. A log-in that stays can be renewed by an expired token as well."""
+    logins = request.app.state.logins
+    return await logins.log_in(username, password, client_host(request), stay)
 
 
 @app.post("/token")
 async def token(request: Request, form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> Any:
     """The same as an OAuth2 password form, for the Authorize button of /docs."""
-    return await request.app.state.logins.log_in(form.username, form.password)
+    logins = request.app.state.logins
+    return await logins.log_in(form.username, form.password, client_host(request))
+
+
+@app.post("/renew")
+async def renew(request: Request, token: Token) -> Any:
+    """A new token for the same log-in; its sockets live on until that one ends."""
+    return await request.app.state.logins.renew(token)
 
 
 @app.post("/register", status_code=201)
-async def register(request: Request, username: NewName, password: NewPassword) -> dict[str, Any]:
-    person = await request.app.state.logins.register(username, password)
+async def register(
+    request: Request, token: Token, username: NewName, password: NewPassword
+) -> dict[str, Any]:
+    """Become a person; the first one is the admin. An admin's token is needed once it is closed."""
+    logins = request.app.state.logins
+    by = logins.find_bearer(token).name if token and not logins.is_open else None
+    person = await logins.register(username, password, client_host(request), by)
     return {"username": person["user"], "role": person["role"]}
+
+
+@app.put("/me/password")
+async def change_password(request: Request, me: Me, old: InBody, new: NewPassword) -> Any:
+    """Change the password, which ends all log-ins; answers the token of a new one."""
+    logins, host = request.app.state.logins, client_host(request)
+    person = await logins.check(me.name, old, host)
+    must(person, "forbidden", "The old password is wrong")
+    change = {"type": "password", "user": me.name, "old": person["password"], "by": me.name}
+    stored = await logins.hash(new, host)
+    await logins.change(change | {"password": stored})
+    return await logins.start(me.name, stored, stay=bool(person["stays"]))
 
 
 @app.get("/me")
@@ -1135,6 +1363,11 @@ async def protected(websocket: WebSocket) -> None:
 # ends the sockets. The rule stands in chapter 6 (`_check_role`); here it gets its routes.
 
 
+def fold_start(start: str) -> str:
+    """The beginning of a name, as ``fold`` leaves it."""
+    return normalize("NFKC", normalize("NFKC", start).casefold())
+
+
 def fold_or_nobody(name: str) -> str:
     with suppress(ValueError):
         return fold(name)
@@ -1145,31 +1378,49 @@ Username = Annotated[str, AfterValidator(fold_or_nobody)]
 NewRole = Annotated[Literal["member", "moderator", "admin"], Body(embed=True)]
 
 
+async def act(request: Request, me: Bearer, kind: str, username: str, **more: Any) -> Event:
+    """Post what somebody does to another; logged, since they may be asked why."""
+    change = {"type": kind, "folded": username, "by": me.name, **more}
+    event: Event = await request.app.state.change(change)
+    log.info("%r did %r to %r", me.name, event.get("role", kind), event["user"])
+    return event
+
+
 @app.put("/users/{username}/role")
 async def set_role(request: Request, role: NewRole, username: Username, me: Me) -> dict[str, Any]:
-    change = {"type": "role", "folded": username, "role": role, "by": me.name}
-    done = await request.app.state.change(change)
-    return {"username": done["user"], "role": role}
+    """Make somebody a member, moderator or admin; for admins."""
+    event = await act(request, me, "role", username, role=role)
+    return {"username": event["user"], "role": role}
+
+
+@app.put("/users/{username}/password", status_code=204)
+async def reset_password(
+    request: Request, username: Username, new: Annotated[NewPassword, Body(embed=True)], me: Me
+) -> None:
+    """Give somebody a new password, which ends all of their log-ins; for admins."""
+    stored = await request.app.state.logins.hash(new, client_host(request))
+    await act(request, me, "password", username, password=stored)
 
 
 @app.post("/users/{username}/kick")
 async def kick(request: Request, username: Username, me: Me) -> dict[str, Any]:
-    """Close somebody's sockets. They may come back."""
-    done = await request.app.state.change({"type": "kick", "folded": username, "by": me.name})
-    return {"username": done["user"], "sockets": done["sockets"]}
+    """Close somebody's sockets, who may come back; for moderators."""
+    event = await act(request, me, "kick", username)
+    return {"username": event["user"], "sockets": event["sockets"]}
 
 
 @app.post("/users/{username}/ban")
 async def ban(request: Request, username: Username, me: Me) -> dict[str, Any]:
-    """Let somebody log in and send no more, and close their sockets."""
-    done = await request.app.state.change({"type": "ban", "folded": username, "by": me.name})
-    return {"username": done["user"], "banned": True, "sockets": done["sockets"]}
+    """Let somebody log in and send no more, and close their sockets; for moderators."""
+    event = await act(request, me, "ban", username)
+    return {"username": event["user"], "banned": True, "sockets": event["sockets"]}
 
 
 @app.post("/users/{username}/unban")
 async def unban(request: Request, username: Username, me: Me) -> dict[str, Any]:
-    done = await request.app.state.change({"type": "unban", "folded": username, "by": me.name})
-    return {"username": done["user"], "banned": False}
+    """Lift a ban; for moderators."""
+    event = await act(request, me, "unban", username)
+    return {"username": event["user"], "banned": False}
 
 
 # 9. Rooms =============================================================================
@@ -1194,10 +1445,15 @@ MAX_FRAME = 256 * KIB  # bytes after which a frame takes no further batch; one a
 MAX_FRAMES = 32  # of plain text that are sent one by one; more go out as lines of one frame
 MAX_OUTBOX = 8 * MIB  # bytes that may wait for one client alone; a resume's fit
 MAX_ROOMS = 100  # rooms that one client may follow
-NOTICES = ("joined", "left", "typing", "stop")  # these need no database
+NOTICES = ("joined", "left", "typing", "renewed", "stop")  # these need no database
 
 # The changes that end sockets, of a person or, where they name a ``sid``, of a log-in.
-ENDS_SOCKETS = {"kick": "Kicked", "ban": "Banned", "logout": "Unauthorized: Logged out"}
+ENDS_SOCKETS = {
+    "kick": "Kicked",
+    "ban": "Banned",
+    "logout": "Unauthorized: Logged out",
+    "password": "Unauthorized: Password changed",
+}
 TOO_SLOW = ("unavailable", "Too slow")
 
 Encode = Callable[[Iterable[Event]], list[bytes]]  # events to lines
@@ -1357,6 +1613,7 @@ class ConnectionManager:
         self.connections = connections
         self.rooms: dict[str, Room] = {}
         self.clients: dict[str, set[Client]] = {}  # of each person who is online
+        self.roles: dict[str, str] = {}  # of the same
         self.pending: list[tuple[Event, Done | None]] = []  # in order of arrival
         self.posted = asyncio.Event()
 
@@ -1366,6 +1623,7 @@ class ConnectionManager:
         mine = self.clients.setdefault(me.name, set())
         must(not limit or len(mine) < limit, "unavailable", "Too many sockets")
         mine.add(client)
+        self.roles[me.name] = me.role
         welcome: Event = {"type": "welcome", "user": me.name, "role": me.role}
         private = sorted(room for room, _ in self.storage.rooms(me.name, limit=1_000))
         more = {"epoch": self.storage.epoch, "expires_at": me.ends, "rooms": private}
@@ -1377,7 +1635,7 @@ class ConnectionManager:
         client.outlet.on_ready = lambda: None  # nothing refers back, so nothing is left to collect
         self.clients[client.me.name].discard(client)
         if not self.clients[client.me.name]:
-            del self.clients[client.me.name]
+            del self.clients[client.me.name], self.roles[client.me.name]
 
     def send_personal_message(self, event: Event, client: Client) -> None:
         """Say something to one client. One that lets too much pile up is closed with 1013."""
@@ -1395,8 +1653,9 @@ class ConnectionManager:
             room.followers.add(client)
             room.people[user] += 1
             if room.people[user] == 1:
-                self.post({"type": "joined", "room": name, "user": user})
-        client.tell(*past, {"type": "presence", "room": name, "users": sorted(room.people)})
+                self.post({"type": "joined", "room": name, "user": user, "role": client.me.role})
+        users = {name: self.roles[name] for name in sorted(room.people)}
+        client.tell(*past, {"type": "presence", "room": name, "users": users})
 
     def leave(self, client: Client, room: Room) -> None:
         """Stop following a room, once what was already said in it is on its way."""
@@ -1460,17 +1719,35 @@ class ConnectionManager:
     def show(self, events: Iterable[Event]) -> None:
         news: dict[str, list[Event]] = {}
         for event in events:
+            if event["type"] == "joined":  # their role may have changed since it was posted
+                event["role"] = self.roles.get(event["user"], event["role"])
             if "room" in event:
                 news.setdefault(event["room"], []).append(event)
+            elif event["type"] == "role":
+                self.show_role(event["user"], event["role"])
+            elif event["type"] == "renewed":
+                for connection in self.sockets_of(event):
+                    connection.live_until(event["ends"])
             elif event["type"] in ENDS_SOCKETS:
-                whose = [one for one in self.connections if one.me.name == event["user"]]
-                mine = [one for one in whose if one.me.sid == event.get("sid", one.me.sid)]
-                for connection in mine:
+                ended = self.sockets_of(event)
+                event["sockets"] = len(ended)
+                for connection in ended:
                     connection.end("forbidden", ENDS_SOCKETS[event["type"]])
-                event["sockets"] = len(mine)
-                log.info("%s: %r, %d sockets", event["type"], event["user"], len(mine))
         for room, of_room in news.items():
             self.broadcast(room, of_room)
+
+    def show_role(self, user: str, role: str) -> None:
+        """Tell a new role to the person, and to all who are in a room with them."""
+        if user in self.roles:
+            self.roles[user] = role
+            rooms = [room for room in self.rooms.values() if user in room.people]
+            for client in self.clients[user].union(*(room.followers for room in rooms)):
+                client.tell({"type": "role", "user": user, "role": role})
+
+    def sockets_of(self, event: Event) -> list[Connection]:
+        """The open sockets of a person or, if the event names its ``sid``, of a log-in."""
+        mine = [one for one in self.connections if one.me.name == event["user"]]
+        return [one for one in mine if one.me.sid == event.get("sid", one.me.sid)]
 
     def broadcast(self, room: str, events: Sequence[Event]) -> None:
         """Append to a room's log, which writes to its followers. In a private conversation, tell
@@ -1510,9 +1787,9 @@ def clean_text(text: str) -> str:
 
 
 def clean_room(name: str) -> str:
-    """A room's name in its one spelling; of ``@alice+bob``, find_room checks the names."""
+    """A room's name in its one spelling, in lower case; of ``@alice+bob``, see find_room."""
     try:
-        return name if members(name) else clean_name(name)
+        return name if members(name) else clean_name(fold(name))
     except PydanticCustomError as error:
         raise PydanticCustomError("unknown_room", f"No such room: {error}") from None
 
@@ -1524,6 +1801,7 @@ NewText = Annotated[Text, Body()]
 NewMid = Annotated[Mid | None, Body()]
 Id = Annotated[int, Field(ge=0, le=MAX_ID)]
 Limit = Annotated[int, Field(ge=1, le=200)]
+NameStart = Annotated[str, Query(max_length=80), AfterValidator(fold_start)]
 SearchText = Annotated[str, Query(max_length=200), AfterValidator(lambda q: normalize("NFC", q))]
 
 
@@ -1589,15 +1867,17 @@ def find_room(storage: Storage, name: str, me: Bearer) -> str:
     raise Refused("unknown_room", "No such room or person")
 
 
-def error_event(error: Refused | ValidationError, mid: Any) -> Event:
+def error_event(error: Refused | ValidationError, about: Event) -> Event:
+    """Why something was not done; by its ``room`` and ``mid``, its sender can tell what."""
     if isinstance(error, ValidationError):  # the first thing that is wrong
         first = error.errors(include_url=False, include_input=False)[0]
         where = "".join(f"{part}: " for part in first["loc"])
         code = first["type"] if first["type"] in REFUSALS else "invalid"
         error = Refused(code, where + first["msg"])
     event: Event = {"type": "error", "code": error.code, "message": str(error)}
-    if isinstance(mid, str) and len(mid) <= 64:
-        event["mid"] = mid  # so that its sender can tell which message is meant
+    for key in ("room", "mid"):
+        if isinstance(value := about.get(key), str) and len(value) <= 128:
+            event[key] = value
     return event | ({"retry_after": error.retry_after} if error.retry_after else {})
 
 
@@ -1648,9 +1928,8 @@ class ChatHandler:
         try:
             await obey(line)
         except (ValidationError, Refused) as error:
-            event = json_or_none(line)
-            mid = event.get("mid") if isinstance(event, dict) else None
-            self.tell(error_event(error, mid))
+            about = json_or_none(line)
+            self.tell(error_event(error, about if isinstance(about, dict) else {}))
 
     async def obey_json(self, line: str) -> None:
         event = Incoming.model_validate_json(line)
@@ -1713,11 +1992,12 @@ class ChatHandler:
         def answer(outcome: Event | Refused) -> None:
             is_told = self.manager.rooms.get(room) in self.client.cursors or members(room)
             if isinstance(outcome, Refused):
-                self.tell(error_event(outcome, mid))
+                self.tell(error_event(outcome, message))
             elif isinstance(outcome, Repeated) or not is_told:
                 self.tell(outcome)
 
-        self.manager.post(new_message(room, self.me, text, mid), answer)
+        message = new_message(room, self.me, text, mid)
+        self.manager.post(message, answer)
 
     def join(self, room: str, after: int | None, epoch: str | None) -> None:
         """Join, and read on after this id; or from the newest page, if that is not to be had."""
@@ -1733,17 +2013,23 @@ class ChatHandler:
 
 
 @app.get("/rooms")
-async def list_rooms(request: Request, me: Me, limit: Limit = 100, before: Id = MAX_ID) -> Any:
-    """The rooms that the caller may see, the most recently written first; then the unwritten."""
+async def list_rooms(
+    request: Request, me: Me, limit: Limit = 100, before: Id = MAX_ID, q: NameStart = ""
+) -> list[dict[str, Any]]:
+    """The rooms that the caller may see, the most recently written first, then the unwritten;
+    those before this ``last_id``, whose names begin with ``q``."""
     storage, opened = request.app.state.storage, request.app.state.manager.rooms
-    written = storage.rooms("", limit, before) + storage.rooms(me.name, limit, before)
+    written = storage.rooms("", limit, before, q) + storage.rooms(me.name, limit, before, q)
     found = dict(sorted(written, key=itemgetter(1), reverse=True)[:limit])
     if len(found) < limit and before:
-        others = sorted(room for room in {"lobby", *opened} if may_see(room, me))
-        found |= {room: 0 for room in others if not storage.is_written(room)}
+        named = sorted(room for room in {"lobby", *opened} if room.startswith(q))
+        unwritten = (room for room in named if may_see(room, me) and not storage.is_written(room))
+        found |= dict.fromkeys(itertools.islice(unwritten, limit - len(found)), 0)
     online = {room: len(opened[room].people) for room in found if room in opened}
-    rows = [{"room": room, "online": online.get(room, 0), "last_id": found[room]} for room in found]
-    return rows[:limit]
+    return [
+        {"room": room, "online": online.get(room, 0), "last_id": last_id}
+        for room, last_id in found.items()
+    ]
 
 
 @app.get("/rooms/{room}/messages")
@@ -1785,23 +2071,36 @@ async def delete_message(request: Request, me: Me, room: RoomName, id: Id) -> No
 
 
 @app.get("/users")
-async def list_users(request: Request, me: Me) -> list[dict[str, Any]]:
-    people = []
-    for name, clients in sorted(request.app.state.manager.clients.items()):
+async def list_users(request: Request, me: Me, q: NameStart | None = None) -> list[dict[str, Any]]:
+    """Who is online. With ``q``: whose names begin so, online or not, the first 50; to moderators,
+    also whether they are banned."""
+    manager, storage = request.app.state.manager, request.app.state.storage
+    if q is None:
+        people = [{"name": name, "role": manager.roles[name]} for name in sorted(manager.clients)]
+    else:
+        people = [dict(person) for person in storage.find_people(q)]
+    users = []
+    for person in people:
+        clients = manager.clients.get(person["name"], ())
         rooms = {room.name for client in clients for room in client.cursors}
-        seen = sorted(room for room in rooms if may_see(room, me))
-        role = request.app.state.storage.find_person(fold(name))["role"]
-        people.append({"username": name, "role": role, "rooms": seen})
-    return people
+        user = {"username": person["name"], "role": person["role"]}
+        user["rooms"] = sorted(room for room in rooms if may_see(room, me))
+        if me.role != "member" and "banned" in person:
+            user["banned"] = bool(person["banned"])
+        users.append(user)
+    return users
 
 
 @app.get("/healthz")
 async def healthz(request: Request) -> dict[str, Any]:
-    """For whoever watches the server: people online and rooms open; 503 if the database fails."""
-    storage, manager = request.app.state.storage, request.app.state.manager
-    storage.query("SELECT 1 FROM people LIMIT 1")
-    rooms = [room for room in manager.rooms if not members(room)]
-    return {"status": "ok", "online": len(manager.clients), "rooms": len(rooms)}
+    """For whoever watches the server: people online and rooms open; 503 if it could not store."""
+    state = request.app.state
+    if state.checking is None or state.checking.done():  # one serves all who ask meanwhile
+        state.checking = asyncio.create_task(state.change({"type": "health"}))
+    await asyncio.shield(state.checking)
+    must(state.storage.is_in_place(), "unavailable", "The database's file was moved or deleted")
+    rooms = [room for room in state.manager.rooms if not members(room)]
+    return {"status": "ok", "online": len(state.manager.clients), "rooms": len(rooms)}
 
 
 # 11. Serving ==========================================================================
@@ -1811,32 +2110,48 @@ async def healthz(request: Request) -> dict[str, Any]:
 DEMO_PEOPLE = {"user1": "password1", "user2": "password2", "admin": "adminpassword"}
 
 
-def hide_queries(record: logging.LogRecord) -> bool:
-    """uvicorn logs every URL, and a token may be in it. (Its formatter wants the args whole.)"""
-    if isinstance(record.args, tuple):
-        hide = functools.partial(re.sub, r"\?[^\s\"']*", "?...")
+def check_demo_people(settings: Settings, storage: Storage) -> None:
+    """Raises StartError if other machines could log in by passwords that stand in this file."""
+    is_meant = settings.demo_users and "demo_users" in settings.model_fields_set
+    if is_loopback(settings.host) or is_meant:
+        return
+    people = {name: storage.find_person(name) for name in DEMO_PEOPLE}
+    known = [n for n, p in people.items() if p and is_password(DEMO_PEOPLE[n], p["password"])]
+    if known or (settings.demo_users and not storage.find_people("")):
+        raise StartError(
+            f"CHAT_HOST={settings.host!r} can be reached from other machines, and the passwords of "
+            f"{', '.join(known or DEMO_PEOPLE)} are public: change them, or for a new database set "
+            "CHAT_DEMO_USERS to 0; or set it to 1 if you mean it"
+        )
+
+
+def hide_secrets(record: logging.LogRecord) -> bool:
+    """URLs are logged, and a token may be in their query, or by mistake in their path."""
+    if isinstance(record.args, tuple):  # uvicorn's formatter wants them whole
+        hide = functools.partial(re.sub, r"(\?)[^\s\"']*|eyJ[\w.-]{20,}", r"\1...")
         record.args = tuple(hide(a) if isinstance(a, str) else a for a in record.args)
     return True
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    for name in ("uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).addFilter(hide_queries)
+    for name in ("lobby", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).addFilter(hide_secrets)
     settings, state = Settings.from_environment(), app.state
     with closing(Storage(settings.db)) as storage:
+        check_demo_people(settings, storage)
         state.settings, state.storage, state.origins = settings, storage, settings.origins
         state.limit = RateLimit(settings.rate)
-        state.connections = set()
+        state.connections, state.checking = set(), None
         state.manager = ConnectionManager(storage, state.connections)
         state.change = state.manager.change
         state.logins = Logins(settings, storage, state.change)
         committer = asyncio.create_task(state.manager.commit_forever())
         try:
-            if settings.demo_users and not storage.query("SELECT 1 FROM people LIMIT 1"):
+            if settings.demo_users and not storage.find_people(""):
                 for name, password in DEMO_PEOPLE.items():
                     role = "admin" if name == "admin" else "member"
-                    await state.logins.register(name, password, role=role)
+                    await state.logins.register(name, password, None, None, role=role)
             yield
         finally:
             await state.change({"type": "stop"})  # changes nothing, but all before it is done
@@ -1845,7 +2160,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app.router.lifespan_context = lifespan
-STALL_SECONDS = 30  # how long a peer may take no byte of what waits for it
+STALL_SECONDS = 20  # how long a peer may take no byte of what waits for it, or be silent
+HEAD_SECONDS = 20  # how long a connection may have no whole head of a request
 PONG_SECONDS = 120.0  # a ping may stand behind megabytes for a slow line
 SEND_BUFFER = 256 * KIB  # of the kernel, for each socket: it would hide megabytes
 MAX_FRAGMENTS = 1_024  # frames that one message may come in
@@ -1853,9 +2169,30 @@ MAX_HEAD = 64 * KIB  # bytes of a request before its body
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's fast HTTP protocol, which would gather headers without end."""
+    """uvicorn's fast HTTP protocol, which would wait for headers, and gather them, without end."""
 
     head = 0  # bytes that have come of it
+    head_timer: asyncio.TimerHandle
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.expect_head()
+
+    def expect_head(self) -> None:
+        self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        self.head_timer.cancel()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete:  # and no further one was sent ahead
+            self.expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.head_timer.cancel()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -1894,8 +2231,8 @@ class ChatProtocol(WebSocketsSansIOProtocol):
             self.scope["extensions"]["lobby"] = self  # type: ignore[assignment]
 
     async def send(self, message: Any) -> None:
-        """Send, unless the client has left during the handshake, which uvicorn overlooks."""
-        if not self.handshake_complete and self.transport.is_closing():
+        """Send, unless the client has left, at which uvicorn fails in several ways."""
+        if self.transport.is_closing():
             raise ClientDisconnected
         if message["type"] == "websocket.close":
             self.writable.set()  # it waits for nobody, behind all that waits already
@@ -1903,6 +2240,9 @@ class ChatProtocol(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; refuse a handshake that is none, on which uvicorn would wait for more."""
+        if self.handshake_initiated and not self.handshake_complete:
+            self.transport.abort()  # a client waits for the answer (RFC 6455, section 4.1)
+            return
         super().data_received(data)
         if not self.handshake_initiated:
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
@@ -1937,7 +2277,10 @@ def open_listener(settings: Settings) -> socket.socket:
         where = f"CHAT_HOST={settings.host!r}, CHAT_PORT={settings.port}"
         raise StartError(f"{where}: {error}") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: who takes nothing is gone, over HTTP too
+    if sys.platform == "linux":  # who takes nothing, or has vanished, is gone; over HTTP too
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, STALL_SECONDS // 2)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, STALL_SECONDS // 4)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_SECONDS * 1000)
     return listener
 
@@ -1945,7 +2288,9 @@ def open_listener(settings: Settings) -> socket.socket:
 def main() -> None:
     try:
         settings = Settings.from_environment()
-        with closing(Storage(settings.db)):  # what the lifespan would refuse at length, in one line
+        # What the lifespan would refuse at length is refused here, in one line.
+        with closing(Storage(settings.db)) as storage:
+            check_demo_people(settings, storage)
             settings.secret or load_or_create_secret(settings.db)
         listener = open_listener(settings)
     except StartError as error:
@@ -2360,7 +2705,7 @@ let current = null;  // the room that is shown
 // Two names of one private conversation, in another order or case, are one key.
 const keyOf = (name) => {
   const normal = name.normalize("NFKC");
-  if (!name.startsWith("@")) return normal;
+  if (!name.startsWith("@")) return normal.toLowerCase();
   return `@${normal.slice(1).toUpperCase().toLowerCase().split("+").sort().join("+")}`;
 };
 
@@ -2727,7 +3072,8 @@ const hear = (event) => {
   switch (event.type) {
     case "welcome": return welcome(event);
     case "history": hearHistory(room, event); break;
-    case "presence": room.here = new Set(event.users); lookAround(); break;
+    case "presence": room.here = new Set(Object.keys(event.users)); lookAround(); break;
+    case "role": lookAround(); break;
     case "joined": case "left": hearPerson(room, event); break;
     case "message": hearMessage(room, event); break;
     case "deleted": hearDeleted(room, event.id); break;

@@ -98,11 +98,22 @@ def client(database: Path) -> Iterator[TestClient]:
         yield client
 
 
-def token(user: str = "user1") -> str:
+def token(user: str = "user1", stay: bool = False) -> str:
     """A token as a log-in gives it, without the slow password."""
     person = app.state.storage.find_person(user.casefold())
-    answer = Entered.last.portal.call(app.state.logins.start, person)
+    start = app.state.logins.start
+    answer = Entered.last.portal.call(start, person["name"], person["password"], stay)
     return str(answer["access_token"])
+
+
+def new_person(name: str, **more: Any) -> dict[str, Any]:
+    """The fields of a change that registers somebody, without the slow hashing."""
+    person = {"user": name, "folded": name, "password": lobby.NO_PASSWORD, "by": None}
+    return person | {"is_local": True, "is_open": True} | more
+
+
+def joined(user: str, room: str = "lobby", role: str = "member") -> dict[str, Any]:
+    return {"type": "joined", "room": room, "user": user, "role": role}
 
 
 def bearer_of(secret: str) -> dict[str, str]:
@@ -797,16 +808,37 @@ def test_an_unusable_setting_is_named(
     assert name != "CHAT_SECRET" or value not in str(error.value)
 
 
-def test_demo_people_stay_on_this_machine_unless_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for host in ("0.0.0.0", "::", "192.0.2.1", "chat.example"):
-        monkeypatch.setenv("CHAT_HOST", host)
-        with pytest.raises(StartError, match="CHAT_DEMO_USERS"):
-            Settings.from_environment()
-    monkeypatch.setenv("CHAT_DEMO_USERS", "1")
-    assert Settings.from_environment().demo_users
-    monkeypatch.delenv("CHAT_DEMO_USERS")
-    monkeypatch.setenv("CHAT_HOST", "::1")
-    assert Settings.from_environment().demo_users
+def test_public_passwords_stay_on_this_machine_unless_wanted(
+    database: Path, tmp_path: Path
+) -> None:
+    """Whether they are in the database, tried out at home, or would be made in a new one."""
+    new = str(tmp_path / "new.db")
+    for host, db, demo_users, names in [
+        ("0.0.0.0", str(database), "0", "user1, user2, admin"),
+        ("::", str(database), None, "user1, user2, admin"),
+        ("192.0.2.1", new, None, "user1, user2, admin"),
+        ("chat.example", new, None, "user1, user2, admin"),
+    ]:
+        more = {"CHAT_DEMO_USERS": demo_users} if demo_users else {}
+        ended = run_app(CHAT_HOST=host, CHAT_DB=db, CHAT_PORT="0", **more)
+        assert ended.returncode == 1
+        assert re.fullmatch(rf"Lobby cannot start: CHAT_HOST=.*{names}.*\n", ended.stderr)
+
+
+def test_passwords_that_were_changed_are_not_public(
+    database: Path, serve: Callable[..., Server]
+) -> None:
+    with Entered(app) as client:
+        for name in ("user1", "user2", "admin"):
+            body = {"new": "a password of our own"}
+            url = f"/users/{name}/password"
+            assert client.put(url, json=body, headers=bearer("admin")).status_code == 204
+    assert serve(CHAT_HOST="0.0.0.0").request("/healthz")["status"] == "ok"
+
+
+def test_public_passwords_may_be_meant(serve: Callable[..., Server]) -> None:
+    server = serve(CHAT_HOST="0.0.0.0", CHAT_DEMO_USERS="1")
+    assert server.request("/healthz")["status"] == "ok"
 
 
 def test_the_start_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -948,7 +980,7 @@ def test_a_full_disk_keeps_nobody_from_being_kicked_or_from_leaving(
         chat(client, "user2", secret=theirs) as watcher,
         client.websocket_connect("/ws/chat", headers=bearer_of(mine)) as kicked,
     ):
-        assert watcher.next() == {"type": "joined", "room": "lobby", "user": "user1"}
+        assert watcher.next() == joined("user1")
         changes = [*(dict(message) for _ in range(messages)), kick]
         with held_up():
             *written, done = [
@@ -986,7 +1018,7 @@ def test_a_change_that_fails_alone_harms_no_other(client: TestClient) -> None:
 def test_what_the_database_gives_up_is_refused_whole(client: TestClient) -> None:
     """A full disk may end a transaction from within: what was done before in it is undone."""
     headers = bearer()
-    person = {"user": "new", "folded": "new", "password": "x" * 100_000}
+    person = new_person("new", password="x" * 100_000)
     with chat(client) as conversation:
         conversation.nothing_came()
         full_disk(app.state.storage.writer)
@@ -1012,11 +1044,15 @@ def random_changes(rng: random.Random, count: int) -> list[dict[str, Any]]:
     names, messages, changes = ["a", "b", "c"], 0, []
     for at in range(count):
         user, by, sid = rng.choice(names), rng.choice(names), str(rng.randrange(9))
-        person = {"user": user, "folded": user, "password": rng.choice("xy")}
+        person = new_person(user, password=rng.choice("xy"), by=by)
+        person |= {"is_open": rng.random() < 0.5, "is_local": rng.random() < 0.9}
         room = rng.choice(["lobby", "tea", "@a+b"])
         kinds: list[dict[str, Any]] = [
             {"type": "register", **person},
-            {"type": "login", **person, "sid": f"{sid}.{at}", "at": at, "ends": at + 9},
+            {"type": "login", **person, "sid": f"{sid}.{at}", "stays": 0, "at": at, "ends": at + 9},
+            {"type": "password", **person, "old": rng.choice("xy")},
+            {"type": "password", "folded": user, "by": by, "password": rng.choice("xy")},
+            {"type": "health"},
             {"type": "logout", "user": user, "sid": f"{sid}.{rng.randrange(count)}"},
             {"type": "role", "folded": user, "by": by, "role": rng.choice(ROLES)},
             *({"type": kind, "folded": user, "by": by} for kind in ("kick", "ban", "unban")),
@@ -1190,9 +1226,9 @@ def test_the_loop_computes_no_hash(client: TestClient) -> None:
     held, logins = threading.Event(), app.state.logins
     for _ in range(2):
         logins.threads.submit(held.wait)
-    log_in = client.portal.start_task_soon(logins.log_in, "user1", "password1")
+    log_in = client.portal.start_task_soon(logins.log_in, "user1", "password1", None)
     assert client.get("/items/5").status_code == 200
-    waiting = logins.hashing
+    waiting = logins.hashing.total()
     held.set()
     assert log_in.result(20)["token_type"] == "bearer"
     assert waiting == 1
@@ -1346,7 +1382,8 @@ def test_a_logout_outlasts_a_restart(database: Path) -> None:
 
 
 def test_a_log_in_is_a_row_until_it_ends(client: TestClient, database: Path) -> None:
-    start = {"type": "login", "user": "user1", "at": time.time() - 9, "ends": time.time() - 1}
+    start = {"type": "login", "user": "user1", "stays": False}
+    start |= {"at": time.time() - 9, "ends": time.time() - 1}
     start["password"] = app.state.storage.find_person("user1")["password"]
     client.portal.call(app.state.change, start | {"sid": "over"})
     first, second = claims_of(token())["sid"], token("user2")
@@ -1363,9 +1400,8 @@ def test_a_log_in_is_a_row_until_it_ends(client: TestClient, database: Path) -> 
 def test_who_changes_the_password_meanwhile_is_not_logged_in_by_the_old_one(
     client: TestClient,
 ) -> None:
-    person = app.state.storage.find_person("user1")
     with pytest.raises(lobby.Refused) as refusal:
-        client.portal.call(app.state.logins.start, {**person, "password": "before"})
+        client.portal.call(app.state.logins.start, "user1", "before", False)
     assert (refusal.value.code, str(refusal.value)) == ("unauthorized", "Bad username or password")
 
 
@@ -1434,7 +1470,7 @@ def people(client: TestClient) -> None:
     """Two of each role: member1, member2, moderator1, ... beside the demo people."""
     for role in ROLES:
         for name in (f"{role}1", f"{role}2"):
-            person = {"user": name, "folded": name, "password": lobby.NO_PASSWORD, "role": role}
+            person = new_person(name, role=role)
             client.portal.call(app.state.change, {"type": "register", **person})
 
 
@@ -1469,6 +1505,8 @@ def test_a_new_role_counts_from_the_next_action_on(client: TestClient) -> None:
         assert client.get("/me", headers=mine).json() == {"username": "user1", "role": "moderator"}
         assert act(client, "admin", "user1", role="member") == 200
         assert client.post("/users/user2/kick", headers=mine).status_code == 403
+        for role in ("moderator", "member"):
+            assert conversation.next() == {"type": "role", "user": "user1", "role": role}
         conversation.nothing_came()
 
 
@@ -1750,7 +1788,8 @@ def test_presence_agrees_with_a_model_however_tabs_come_and_go(client: TestClien
         events = [watcher.next() for _ in expected]
         assert [(event["type"], event["user"]) for event in events] == expected
         watcher.nothing_came()
-        here = sorted(["admin", *(user for user, open_tabs in tabs.items() if open_tabs)])
+        here = {user: "member" for user, open_tabs in tabs.items() if open_tabs}
+        here["admin"] = "admin"
         watcher.send("join", room="lobby")
         assert watcher.next("presence")["users"] == here
 
@@ -1929,7 +1968,7 @@ def memory(pid: int) -> int:
 def test_welcome_history_presence_and_joined_come_first(client: TestClient) -> None:
     client.post("/rooms/lobby/messages", json={"text": "before"}, headers=bearer("user2"))
     with chat(client, quiet=False) as conversation:
-        welcome, history, presence, joined = (conversation.next() for _ in range(4))
+        welcome, history, presence, came = (conversation.next() for _ in range(4))
     assert welcome.pop("expires_at") == pytest.approx(time.time() + 3600, abs=60)
     assert welcome == {
         "type": "welcome",
@@ -1940,8 +1979,8 @@ def test_welcome_history_presence_and_joined_come_first(client: TestClient) -> N
     }
     assert [event["text"] for event in history.pop("messages")] == ["before"]
     assert history == {"type": "history", "room": "lobby", "more": False, "complete": True}
-    assert presence == {"type": "presence", "room": "lobby", "users": ["user1"]}
-    assert joined == {"type": "joined", "room": "lobby", "user": "user1"}
+    assert presence == {"type": "presence", "room": "lobby", "users": {"user1": "member"}}
+    assert came == joined("user1")
 
 
 def test_a_message_reaches_everybody_in_the_room(client: TestClient) -> None:
@@ -2325,6 +2364,7 @@ def test_nobody_else_can_read_join_list_or_find_a_private_conversation(
     """Not an admin either; and what others have is answered like what nobody has."""
     secret = post(client, "secret", room="@user1+user2")
     unknown = {"type": "error", "code": "unknown_room", "message": "No such room or person"}
+    unknown["room"] = room
     with (
         chat(client, query="room=@user1%2Buser2") as mine,
         chat(client, "user2") as theirs,
@@ -2428,6 +2468,7 @@ def test_a_message_is_deleted_by_its_author_or_a_moderator(client: TestClient) -
         assert delete(client, ids[0]) == 204
         assert watcher.next() == {"type": "deleted", "room": "lobby", "id": ids[0]}
         act(client, "admin", "user2", role="moderator")
+        assert watcher.next() == {"type": "role", "user": "user2", "role": "moderator"}
         assert delete(client, ids[1], "user2") == 204
         assert watcher.next() == {"type": "deleted", "room": "lobby", "id": ids[1]}
         assert delete(client, ids[1]) == delete(client, 99) == 404
@@ -2652,7 +2693,7 @@ def test_joining_while_the_room_is_written_to_misses_nothing(
             with chat(client, "user2", query, quiet=False, secret=secret) as early:
                 history = early.next("history")
                 assert [event["text"] for event in history["messages"]] == ["stored before"]
-                assert early.next()["users"] == ["user1", "user2"]
+                assert early.next()["users"] == {"user1": "member", "user2": "member"}
                 early.nothing_came()
         with chat(client, "admin", query, quiet=False) as late:
             history = late.next("history")
@@ -2815,7 +2856,8 @@ def test_whoever_is_accepted_has_the_listening_sockets_limits() -> None:
             accepted, _ = listener.accept()
             with accepted:
                 timeout = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-                assert timeout == 30_000
+                assert timeout == 20_000
+                assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
                 buffer = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
                 assert buffer <= 2 * lobby.SEND_BUFFER  # Linux doubles it
 
@@ -2998,7 +3040,7 @@ def test_uvicorn_alone_serves_the_chat_and_logs_no_secret(serve: Callable[..., S
             read += [line.split()[1] for line in lines if line.startswith("user1: ")]
     assert read == [str(n) for n in range(3000)]
     one.send("join", room="lobby")  # admin fell out of the window, and so out of the room
-    assert one.next("presence")["users"] == ["user1", "user2"]
+    assert one.next("presence")["users"] == {"user1": "member", "user2": "member"}
     second_tab = server.chat(secret)  # nobody has joined: nothing but its outlet wakes it
     plain.send("/msg user1 hello")
     assert one.next("message") == second_tab.next("message")
@@ -3569,7 +3611,7 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
     for name, setting in Settings.model_fields.items():
         default = setting.default
         shown = str(int(default)) if isinstance(default, bool) else str(default)
-        real[f"CHAT_{name.upper()}"] = "" if default in (None, frozenset()) else shown
+        real[f"CHAT_{name.upper().rstrip('_')}"] = "" if default in (None, frozenset()) else shown
     assert documented == real
 
 
