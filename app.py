@@ -83,6 +83,7 @@ from pydantic_core import PydanticCustomError, ValidationError, from_json, to_js
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -134,6 +135,22 @@ REFUSALS = {
 }
 
 
+class Problem(BaseModel):
+    """What is answered instead: what to change, or for each thing that is wrong where and why."""
+
+    detail: str | list[dict[str, Any]]
+
+
+def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For /docs: a route may be refused with these."""
+    return {status: {"model": Problem} for status in statuses}
+
+
+def begin_chapter(tag: str, *statuses: int) -> None:
+    """For /docs: the routes from here on have this tag, and may be refused with these."""
+    app.router.tags, app.router.responses = [tag], answers(403, *statuses)
+
+
 @app.exception_handler(Refused)
 async def refused(connection: Request | WebSocket, error: Refused) -> Response | None:
     status, code = REFUSALS[error.code]
@@ -151,6 +168,14 @@ async def invalid_request(request: Request, error: RequestValidationError) -> JS
     """Say what is wrong where, without sending the input, a password perhaps, back."""
     wrong = [{key: one[key] for key in ("type", "loc", "msg")} for one in error.errors()]
     return JSONResponse({"detail": wrong}, 422)
+
+
+@app.exception_handler(405)
+async def wrong_method(request: Request, error: HTTPException) -> JSONResponse:
+    """Of several routes on a path, Starlette names one's methods; RFC 9110 (15.5.6) wants all."""
+    routes = [r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0].value]
+    allowed = sorted({method for route in routes for method in route.methods or ()})
+    return JSONResponse({"detail": error.detail}, 405, {"Allow": ", ".join(allowed)})
 
 
 @app.exception_handler(413)
@@ -313,15 +338,31 @@ class BodyMiddleware:
 
 
 app.add_middleware(BodyMiddleware)
+begin_chapter("2. Looking at a request")
+OF_BODY = answers(400, 408, 413, 503)
+FILE = {"type": "string", "format": "binary"}
+BODIES: dict[str, Any] = {
+    "application/json": {},
+    "multipart/form-data": {"type": "object", "properties": {"text": {}, "file": FILE}},
+    "application/octet-stream": FILE,
+}
+
+
+def reads(*kinds: str, **more: Any) -> dict[str, Any]:
+    """For /docs: a route that reads the ``Request`` itself takes these bodies, to try it with."""
+    body = {"content": {kind: {"schema": BODIES[kind]} for kind in kinds}, "required": True}
+    return {"openapi_extra": {"requestBody": body}, "responses": OF_BODY, **more}
 
 
 @app.get("/items/")
 async def read_items(request: Request, q: str | None = None) -> dict[str, Any]:
+    """What the query says, and who asks."""
     return {"client_host": client_host(request), "q": q}
 
 
 @app.get("/items/{item_id}")
 async def read_item(item_id: int, request: Request) -> dict[str, Any]:
+    """A part of the path as an integer; anything else is a 422."""
     return {"item_id": item_id, "client_host": client_host(request)}
 
 
@@ -335,6 +376,7 @@ async def user_agent(request: Request) -> str | None:  # a dependency may take t
 
 @app.get("/user-agent")
 async def read_user_agent(agent: Annotated[str | None, Depends(user_agent)]) -> dict[str, Any]:
+    """A header, read in a dependency."""
     return {"user_agent": agent}
 
 
@@ -359,8 +401,9 @@ def json_or_none(data: str | bytes) -> Any:
     return None
 
 
-@app.post("/submit")
+@app.post("/submit", **reads("application/json"))
 async def submit(request: Request) -> dict[str, Any]:
+    """The parts of a request that one needs most often."""
     query = request.query_params  # as a dict, it would keep only the last of two equal keys
     values = {key: query.getlist(key) for key in query}
     return {
@@ -373,9 +416,10 @@ async def submit(request: Request) -> dict[str, Any]:
     }
 
 
-@app.get("/http-endpoint")  # a body on GET is legal, but many proxies drop it (RFC 9110, 9.3.1)
-@app.post("/http-endpoint")
+@app.get("/http-endpoint", responses=OF_BODY)
+@app.post("/http-endpoint", **reads("application/json"))
 async def http_endpoint(data: Annotated[Any, Depends(read_json)]) -> JSONResponse:
+    """The JSON body back. On GET it is legal, but many proxies drop it (RFC 9110, 9.3.1)."""
     return JSONResponse({"received_data": data})  # a dict would be walked through once more
 
 
@@ -424,10 +468,11 @@ async def read_form(request: Request) -> tuple[dict[str, list[str]], list[dict[s
     return fields, files
 
 
-# No methods: any method, the ones that nobody has thought of yet too.
+@app.post("/inspect", **reads(*BODIES))  # for /docs; and here for any method, even unheard of:
 @app.api_route("/inspect", methods=[], include_in_schema=False, operation_id="inspect")
 @app.api_route("/inspect/{path:path}", methods=[], include_in_schema=False, operation_id="inspect_")
 async def inspect(request: Request) -> dict[str, Any]:
+    """All that ``Request`` can tell, without loss; by any method, and with any path behind."""
     body = await request.body()  # kept by the request, so the form can be read from it
     fields, files = await read_form(request)
     return {
@@ -440,13 +485,15 @@ async def inspect(request: Request) -> dict[str, Any]:
     }
 
 
-@app.post("/body/json")
+@app.post("/body/json", **reads("application/json"))
 async def body_json(data: Annotated[Any, Depends(read_json)]) -> JSONResponse:
+    """The body as JSON, whatever it says it is."""
     return JSONResponse(data)
 
 
-@app.post("/body/form")
+@app.post("/body/form", **reads("multipart/form-data", responses=OF_BODY | answers(415)))
 async def body_form(request: Request) -> dict[str, Any]:
+    """The body as a form, of either kind: its fields and its files."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("application/x-www-form-urlencoded", "multipart/form-data"):
         raise HTTPException(415, "Send application/x-www-form-urlencoded or multipart/form-data")
@@ -454,14 +501,15 @@ async def body_form(request: Request) -> dict[str, Any]:
     return {"fields": fields, "files": files}
 
 
-@app.post("/body/raw", max_body_size=16 * MIB)
+@app.post("/body/raw", max_body_size=MAX_IN_MEMORY, **reads("application/octet-stream"))
 async def body_raw(request: Request) -> dict[str, Any]:
+    """The body as bytes, all of them in memory."""
     body = await request.body()
     digest = await run_in_threadpool(hashlib.sha256, body)  # some milliseconds: not in the loop
     return {"size": len(body), "sha256": digest.hexdigest()}
 
 
-@app.post("/body/stream", max_body_size=1 * GIB)
+@app.post("/body/stream", max_body_size=1 * GIB, **reads("application/octet-stream"))
 async def body_stream(request: Request) -> dict[str, Any]:
     """The way to read what is too large for memory: chunk by chunk, as it arrives."""
     size, chunks, digest = 0, 0, hashlib.sha256()
@@ -472,10 +520,10 @@ async def body_stream(request: Request) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest(), "chunks": chunks}
 
 
-@app.post("/body/twice", max_body_size=64 * KIB)  # it is parsed a dozen times
+@app.post("/body/twice", max_body_size=64 * KIB, **reads("application/json"))
 async def body_twice(request: Request) -> dict[str, Any]:
     """``body()`` keeps what it read; ``stream()`` keeps nothing, and forms are read by it."""
-    body = await request.body()
+    body = await request.body()  # it is parsed a dozen times: hence the low limit
 
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -579,6 +627,7 @@ async def side_by_side(*coroutines: Coroutine[Any, Any, None]) -> None:
 # queue and a writer of its own: a sender fills queues and never waits for a slow reader,
 # for whom a full queue is the end.
 
+begin_chapter("4. Sessions")
 SESSION_SECONDS = 3600  # after the last use
 MAX_SESSIONS = 10_000  # the one that was unused for longest makes room for a new one
 SESSION_QUEUE = 32  # frames, of at most 64 KiB, that may wait for one socket
@@ -607,8 +656,9 @@ class Session:
 sessions: dict[uuid.UUID, Session] = {}
 
 
-@app.post("/create-session")
+@app.post("/create-session", responses=answers(503))
 async def create_session(request: Request) -> dict[str, Any]:
+    """Remember who asks, for the socket that will name this session."""
     if len(sessions) >= MAX_SESSIONS:
         idle = [id for id in sessions if not sessions[id].queues]
         must(idle, "unavailable", "Too many sessions are in use", retry_after=60)
@@ -627,8 +677,9 @@ def find_session(id: uuid.UUID) -> Session:
     return sessions[id]
 
 
-@app.get("/session/{session_id:uuid}")
+@app.get("/session/{session_id:uuid}", responses=answers(404))
 async def show_session(session_id: uuid.UUID) -> dict[str, Any]:
+    """Who made a session, and how many sockets are in it."""
     session = find_session(session_id)
     shown = {"expires_in": session.expires_in(), "sockets": len(session.queues)}
     return {"session_id": str(session_id), **session.about, **shown}
@@ -1233,6 +1284,7 @@ def load_or_create_secret(db: Path) -> bytes:
     return secret
 
 
+begin_chapter("7. Knowing a user", 401, 503)
 oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
 
 
@@ -1293,14 +1345,14 @@ PasswordLength = Field(min_length=8, max_length=MAX_PASSWORD)
 NewPassword = Annotated[str, Body(), PasswordLength, AfterValidator(one_spelling)]
 
 
-@app.post("/login")
+@app.post("/login", responses=OF_BODY)
 async def login(request: Request, username: InBody, password: InBody, stay: Stay = False) -> Any:
     """Log in. A log-in that stays can be renewed by an expired token as well."""
     logins = request.app.state.logins
     return await logins.log_in(username, password, client_host(request), stay)
 
 
-@app.post("/token")
+@app.post("/token", responses=OF_BODY)
 async def token(request: Request, form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> Any:
     """The same as an OAuth2 password form, for the Authorize button of /docs."""
     logins = request.app.state.logins
@@ -1313,7 +1365,7 @@ async def renew(request: Request, token: Token) -> Any:
     return await request.app.state.logins.renew(token)
 
 
-@app.post("/register", status_code=201)
+@app.post("/register", status_code=201, responses=OF_BODY | answers(409))
 async def register(
     request: Request, token: Token, username: NewName, password: NewPassword
 ) -> dict[str, Any]:
@@ -1324,7 +1376,7 @@ async def register(
     return {"username": person["user"], "role": person["role"]}
 
 
-@app.put("/me/password")
+@app.put("/me/password", responses=OF_BODY)
 async def change_password(request: Request, me: Me, old: InBody, new: NewPassword) -> Any:
     """Change the password, which ends all log-ins; answers the token of a new one."""
     logins, host = request.app.state.logins, client_host(request)
@@ -1338,6 +1390,7 @@ async def change_password(request: Request, me: Me, old: InBody, new: NewPasswor
 
 @app.get("/me")
 async def read_me(me: Me) -> dict[str, Any]:
+    """Whose token this is."""
     return {"username": me.name, "role": me.role}
 
 
@@ -1375,6 +1428,7 @@ def fold_or_nobody(name: str) -> str:
 
 
 Username = Annotated[str, AfterValidator(fold_or_nobody)]
+begin_chapter("8. Roles", 401, 404, 503)
 NewRole = Annotated[Literal["member", "moderator", "admin"], Body(embed=True)]
 
 
@@ -1386,14 +1440,14 @@ async def act(request: Request, me: Bearer, kind: str, username: str, **more: An
     return event
 
 
-@app.put("/users/{username}/role")
+@app.put("/users/{username}/role", responses=OF_BODY | answers(409))
 async def set_role(request: Request, role: NewRole, username: Username, me: Me) -> dict[str, Any]:
     """Make somebody a member, moderator or admin; for admins."""
     event = await act(request, me, "role", username, role=role)
     return {"username": event["user"], "role": role}
 
 
-@app.put("/users/{username}/password", status_code=204)
+@app.put("/users/{username}/password", status_code=204, responses=OF_BODY)
 async def reset_password(
     request: Request, username: Username, new: Annotated[NewPassword, Body(embed=True)], me: Me
 ) -> None:
@@ -1409,7 +1463,7 @@ async def kick(request: Request, username: Username, me: Me) -> dict[str, Any]:
     return {"username": event["user"], "sockets": event["sockets"]}
 
 
-@app.post("/users/{username}/ban")
+@app.post("/users/{username}/ban", responses=answers(409))
 async def ban(request: Request, username: Username, me: Me) -> dict[str, Any]:
     """Let somebody log in and send no more, and close their sockets; for moderators."""
     event = await act(request, me, "ban", username)
@@ -2012,6 +2066,9 @@ class ChatHandler:
         self.manager.join(self.client, room, past)
 
 
+begin_chapter("10. The chat", 401, 503)
+
+
 @app.get("/rooms")
 async def list_rooms(
     request: Request, me: Me, limit: Limit = 100, before: Id = MAX_ID, q: NameStart = ""
@@ -2032,7 +2089,7 @@ async def list_rooms(
     ]
 
 
-@app.get("/rooms/{room}/messages")
+@app.get("/rooms/{room}/messages", responses=answers(404))
 async def read_messages(
     request: Request,
     me: Me,
@@ -2050,7 +2107,11 @@ async def read_messages(
     return {"messages": messages, "more": more}
 
 
-@app.post("/rooms/{room}/messages", status_code=201)
+@app.post(
+    "/rooms/{room}/messages",
+    status_code=201,
+    responses=OF_BODY | answers(404, 429) | {200: {"description": "The original"}},
+)
 async def post_message(
     request: Request, me: Me, room: RoomName, text: NewText, mid: NewMid = None
 ) -> Response:
@@ -2062,8 +2123,9 @@ async def post_message(
     return JSONResponse(stored, 200 if isinstance(stored, Repeated) else 201)
 
 
-@app.delete("/rooms/{room}/messages/{id}", status_code=204)
+@app.delete("/rooms/{room}/messages/{id}", status_code=204, responses=answers(404, 429))
 async def delete_message(request: Request, me: Me, room: RoomName, id: Id) -> None:
+    """Take a message out; for its author, and for moderators."""
     state = request.app.state
     change = {"type": "deleted", "room": find_room(state.storage, room, me), "id": id}
     state.limit.spend(me.name)
@@ -2334,8 +2396,12 @@ def page_headers() -> dict[str, str]:
     return headers | {"Content-Security-Policy": policy}
 
 
+begin_chapter("12. The page")
+
+
 @app.get("/", response_class=HTMLResponse)
 async def page() -> HTMLResponse:
+    """The page."""
     return HTMLResponse(PAGE, headers=page_headers())
 
 

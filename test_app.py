@@ -3644,6 +3644,10 @@ COPIED_ROUTES: dict[tuple[str, str], tuple[tuple[str, str, dict[str, Any]], Any]
     ),
     ("get", "/http-endpoint"): (("GET", "/http-endpoint", {"json": 1}), {"received_data": 1}),
     ("post", "/http-endpoint"): (("POST", "/http-endpoint", {"json": 1}), {"received_data": 1}),
+    ("post", "/inspect"): (
+        ("POST", "/inspect", {"content": b"tea"}),
+        {"method": "POST", "body": {"size": 3, "sha256": sha256(b"tea"), "text": "tea"}},
+    ),
     ("api_route", "/inspect"): (
         ("PURGE", "/inspect?x=1", {"content": b"tea"}),
         {"method": "PURGE", "body": {"size": 3, "sha256": sha256(b"tea"), "text": "tea"}},
