@@ -197,14 +197,6 @@ async def close_socket(websocket: WebSocket, error: WebSocketException) -> None:
 
 
 @functools.lru_cache(1_024)
-def host_of(url: str) -> str:
-    """``localhost`` of ``http://localhost:8000``; "" if that is no URL."""
-    with suppress(ValueError):
-        return urlsplit(url).hostname or ""
-    return ""
-
-
-@functools.lru_cache(1_024)
 def is_loopback(host: str) -> bool:
     """Whether this name or address can only mean this machine."""
     with suppress(ValueError):
@@ -213,18 +205,18 @@ def is_loopback(host: str) -> bool:
 
 
 def why_foreign(scope: Scope, headers: Headers) -> str | None:
-    """Why another site may be behind this request; None for nothing.
-
-    Every page may open a socket to every site: browsers only say, and truly, whose page it is. And
-    a site can let its own name mean this machine (DNS rebinding), so that its page looks like ours.
-    """
+    """Why another site may be behind this request. Any page may open sockets here: browsers only
+    say whose it is. And a site's name may be made to mean this machine (DNS rebinding)."""
     host, origin = headers.get("host", "localhost"), headers.get("origin")
     own = (f"{scheme}://{host}" for scheme in ("http", "https"))
     origins = scope["app"].state.origins
     if scope["type"] == "websocket" and origin not in (None, *own, *origins):
         return f"A page of {origin!r} may not open sockets here; CHAT_ORIGINS may name it"
-    at, name = scope.get("server") or ("", 0), host_of(f"//{host}")
-    if is_loopback(at[0]) and not is_loopback(name) and name not in map(host_of, origins):
+    at, name = scope.get("server") or ("", 0), ""
+    with suppress(ValueError):  # for what is no host
+        name = urlsplit(f"//{host}").hostname or ""
+    known = (urlsplit(one).hostname for one in origins)
+    if is_loopback(at[0]) and not is_loopback(name) and name not in known:
         return f"The host {name!r} is not known here; CHAT_ORIGINS may name its origin"
     return None
 
@@ -289,69 +281,7 @@ app.add_middleware(RequestContextMiddleware)
 # thing each, `/inspect` shows all of it, and `/body/...` the four ways to read a body, each
 # with limits, and what happens when it is read twice.
 
-BODY_SECONDS = 20  # how long the next piece is waited for, and
-BODY_RATE = 16 * KIB  # bytes a second that come at least, as by Apache's mod_reqtimeout
-FREE_BODY = 64 * KIB  # bytes of a body that are always taken; so small ones always fit
-MAX_BODIES = 48 * MIB  # bytes, beyond these, of all bodies on their way into memory
-MAX_IN_MEMORY = 16 * MIB  # of one body; a route that takes more must read it chunk by chunk
-
-
-class BodyMiddleware:
-    """Ends bodies that come too slowly, or are too large together: FastAPI limits each alone."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self.held = 0  # bytes of all bodies
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        now = asyncio.get_running_loop().time
-        deadline: float | None = now() + BODY_SECONDS
-        size = held = 0
-
-        async def receive_in_time() -> Message:
-            nonlocal deadline, size, held
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                close = {"Connection": "close"}
-                raise HTTPException(408, "The body came too slowly", close) from None
-            if deadline is None or not message.get("more_body"):
-                deadline = None  # it is whole, and the next message is that the client has left
-                return message
-            size += len(message["body"])
-            deadline = min(deadline + len(message["body"]) / BODY_RATE, now() + BODY_SECONDS)
-            if scope["starlette.max_body_size"] <= MAX_IN_MEMORY:
-                more = max(0, size - FREE_BODY) - held
-                may = not more or self.held + more <= MAX_BODIES
-                must(may, "unavailable", "Too many large bodies at once", BODY_SECONDS)
-                held, self.held = held + more, self.held + more
-            return message
-
-        try:
-            await self.app(scope, receive_in_time, send)
-        finally:
-            self.held -= held
-
-
-app.add_middleware(BodyMiddleware)
 begin_chapter("2. Looking at a request")
-OF_BODY = answers(400, 408, 413, 503)
-FILE = {"type": "string", "format": "binary"}
-BODIES: dict[str, Any] = {
-    "application/json": {},
-    "multipart/form-data": {"type": "object", "properties": {"text": {}, "file": FILE}},
-    "application/octet-stream": FILE,
-}
-
-
-def reads(*kinds: str, **more: Any) -> dict[str, Any]:
-    """For /docs: a route that reads the ``Request`` itself takes these bodies, to try it with."""
-    body = {"content": {kind: {"schema": BODIES[kind]} for kind in kinds}, "required": True}
-    return {"openapi_extra": {"requestBody": body}, "responses": OF_BODY, **more}
 
 
 @app.get("/items/")
@@ -378,6 +308,67 @@ async def user_agent(request: Request) -> str | None:  # a dependency may take t
 async def read_user_agent(agent: Annotated[str | None, Depends(user_agent)]) -> dict[str, Any]:
     """A header, read in a dependency."""
     return {"user_agent": agent}
+
+
+BODY_SECONDS = 20  # how long the next piece is waited for, and
+BODY_RATE = 16 * KIB  # bytes a second that come at least, as by Apache's mod_reqtimeout
+FREE_BODY = 64 * KIB  # bytes of a body that are always taken; so small ones always fit
+MAX_BODIES = 48 * MIB  # bytes, beyond these, of all bodies on their way into memory
+MAX_IN_MEMORY = 16 * MIB  # of one body; a route that takes more must read it chunk by chunk
+
+
+class BodyMiddleware:
+    """Ends bodies that come too slowly, or are too large together: FastAPI limits each alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.held = 0  # bytes of all bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        deadline: float | None = now() + BODY_SECONDS
+        size = held = 0
+
+        async def receive_in_time() -> Message:
+            nonlocal deadline, size, held
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                close = {"Connection": "close"}
+                raise HTTPException(408, "The body came too slowly", close) from None
+            if deadline is None or not message.get("more_body"):
+                deadline = None  # it is whole, and the next message is that the client has left
+                return message
+            size += len(message["body"])
+            deadline = min(deadline + len(message["body"]) / BODY_RATE, now() + BODY_SECONDS)
+            if scope["starlette.max_body_size"] <= MAX_IN_MEMORY:
+                more = max(0, size - FREE_BODY) - held
+                may = not more or self.held + more <= MAX_BODIES
+                must(may, "unavailable", "Too many large bodies at once", BODY_SECONDS)
+                held, self.held = held + more, self.held + more
+            return message
+
+        try:
+            await self.app(scope, receive_in_time if scope["type"] == "http" else receive, send)
+        finally:
+            self.held -= held
+
+
+app.add_middleware(BodyMiddleware)
+OF_BODY = answers(400, 408, 413, 503)
+FILE = {"type": "string", "format": "binary"}
+BODIES: dict[str, Any] = {
+    "application/json": {},
+    "multipart/form-data": {"type": "object", "properties": {"text": {}, "file": FILE}},
+    "application/octet-stream": FILE,
+}
+
+
+def reads(*kinds: str, **more: Any) -> dict[str, Any]:
+    """For /docs: a route that reads the ``Request`` itself takes these bodies, to try it with."""
+    body = {"content": {kind: {"schema": BODIES[kind]} for kind in kinds}, "required": True}
+    return {"openapi_extra": {"requestBody": body}, "responses": OF_BODY, **more}
 
 
 def parse_json(data: str | bytes) -> Any:
@@ -794,6 +785,7 @@ WINDOW = 1_000  # newest events that an open room keeps, and most messages that 
 SEARCHED = 100  # messages that a search reads between two turns of the loop
 
 Event = dict[str, Any]  # and a change, which becomes one
+Page = tuple[list[Event], bool]  # messages, and whether there are more
 ASIDE = ("by", "old", "password")  # what a change needs, and its event does not tell
 
 
@@ -868,12 +860,6 @@ class Storage:
         self.is_failing = True
         return Refused("unavailable", "The database failed, try again", retry_after=1)
 
-    def is_in_place(self) -> bool:
-        """Whether the file's name still leads to the file that is open."""
-        with suppress(OSError):
-            return os.path.samestat(self.opened, self.path.stat())
-        return False
-
     def find_person(self, folded: str, sid: str = "") -> Any:
         """The person whose name folds to this, or None; ``stays``: of this log-in, None if over."""
         stays = "(SELECT stays FROM logins WHERE sid = ? AND user = name) AS stays"
@@ -885,9 +871,7 @@ class Storage:
         sql = "SELECT name, role, banned FROM people WHERE folded BETWEEN ? AND ?"
         return self.query(f"{sql} ORDER BY folded LIMIT ?", start, f"{start}{LAST}", limit)
 
-    def page(
-        self, room: str, limit: int, before: int = MAX_ID, after: int | None = None
-    ) -> tuple[list[Event], bool]:
+    def page(self, room: str, limit: int, before: int = MAX_ID, after: int | None = None) -> Page:
         """Messages next after ``after``, else before ``before``, oldest first; are there more?"""
         order = "DESC" if after is None else "ASC"
         sql = f"SELECT {COLUMNS} FROM messages WHERE room = ? AND id > ? AND id < ?"
@@ -896,9 +880,7 @@ class Storage:
         found = [{"type": "message", **row} for row in rows[:limit]]
         return found if order == "ASC" else found[::-1], len(rows) > limit
 
-    async def search(
-        self, q: str, room: str, limit: int, before: int = MAX_ID, after: int | None = None
-    ) -> tuple[list[Event], bool]:
+    async def search(self, q: str, room: str, limit: int, before: int, after: int | None) -> Page:
         """Like ``page``, of messages that have ``q``: in pieces, as an index would slow storing."""
         found: list[Event] = []
         more = True
@@ -957,9 +939,10 @@ class Storage:
             return outcomes
         except Exception:
             refusal = self._failed("in changing")
-            kicks = [change for change in changes if change["type"] == "kick"]  # need no row
-            outcome_of = dict(zip(map(id, kicks), self._make_each(kicks, alone=True), strict=True))
-            return [outcome_of.get(id(change), refusal) for change in changes]
+            if len(changes) == 1:
+                return [refusal]
+            alone = [[c] if c["type"] == "kick" else [] for c in changes]  # it needs no row
+            return [next(iter(self.apply(kick)), refusal) for kick in alone]
 
     def _store(self, messages: Sequence[Event]) -> list[Event | Refused]:
         """Store messages by one statement, since each gives up Python's interpreter lock."""
@@ -978,7 +961,7 @@ class Storage:
             return Refused("forbidden", "This message was deleted")
         return message if row["id"] == message["id"] else Repeated(type="message", **row)
 
-    def _make_each(self, changes: Sequence[Event], alone: bool = False) -> list[Event | Refused]:
+    def _make_each(self, changes: Sequence[Event]) -> list[Event | Refused]:
         """Make changes, and answer the events that they are now; what may not be is refused."""
         outcomes: list[Event | Refused] = []
         for change in changes:
@@ -988,7 +971,7 @@ class Storage:
             except Refused as refusal:
                 outcomes.append(refusal)
             except Exception:  # it is refused alone, unless the database has given up all of it
-                if not (alone or self.writer.in_transaction):
+                if not self.writer.in_transaction:
                     raise
                 outcomes.append(self._failed(f"in changing: {change['type']}"))
         return outcomes
@@ -1000,9 +983,7 @@ class Storage:
         asking = self._value(sql, (change.get("by"),)) or "member"  # who is banned has no role left
         match change["type"]:
             case "register":
-                is_first = not self._value("SELECT 1 FROM people")
-                self._check_registering(change, asking, is_first)
-                change.setdefault("role", "admin" if is_first else "member")
+                change.setdefault("role", self._check_registering(change, asking))
                 sql = "INSERT OR IGNORE INTO people (name, folded, password, role) VALUES"
                 done = run(f"{sql} (:user, :folded, :password, :role)", change)
                 must(done.rowcount, "conflict", "This username is taken")
@@ -1014,11 +995,17 @@ class Storage:
             case "logout":
                 run("DELETE FROM logins WHERE sid = :sid", change)
             case "password":
-                self._check_password(change, asking)
+                if "old" in change:  # it may have changed while it was checked
+                    sql = "SELECT 1 FROM people WHERE name = :user AND password = :old"
+                    must(self._value(sql, change), "forbidden", "The old password is wrong")
+                else:
+                    self._check_role(change, asking, "admin")
                 run("UPDATE people SET password = :password WHERE name = :user", change)
                 run("DELETE FROM logins WHERE user = :user", change)
-            case "health":
+            case "health":  # and is the file still the one that has this name?
                 run("UPDATE epoch SET name = name")
+                is_same = os.path.samestat(self.opened, self.path.stat())
+                must(is_same, "unavailable", "The database's file was replaced")
             case "deleted":
                 self._check_author(change, asking)
                 newest = "(SELECT max(id) FROM messages)"
@@ -1034,18 +1021,14 @@ class Storage:
         row = self.writer.execute(sql, fields).fetchone()
         return row and row[0]
 
-    def _check_registering(self, change: Event, asking: str, is_first: bool) -> None:
-        may = change["is_local"] or not is_first
-        must(may, "forbidden", "The first person, who becomes admin, registers over loopback")
-        may = is_first or change["is_open"] or asking == "admin"
-        must(may, "forbidden", "Registration is closed: only an admin may add people")
-
-    def _check_password(self, change: Event, asking: str) -> None:
-        if "old" in change:  # it may have changed while it was checked
-            sql = "SELECT 1 FROM people WHERE name = :user AND password = :old"
-            must(self._value(sql, change), "forbidden", "The old password is wrong")
-        else:
-            self._check_role(change, asking, "admin")
+    def _check_registering(self, change: Event, asking: str) -> str:
+        """The role of a new person: somebody has to be the admin."""
+        if self._value("SELECT 1 FROM people"):
+            may = change["is_open"] or asking == "admin"
+            must(may, "forbidden", "Registration is closed: only an admin may add people")
+            return "member"
+        must(change["is_local"], "forbidden", "The first person, the admin, registers by loopback")
+        return "admin"
 
     def _check_author(self, change: Event, asking: str) -> None:
         sql = "SELECT user FROM messages WHERE id = :id AND room = :room AND deleted IS NULL"
@@ -1113,37 +1096,29 @@ def fold(name: str) -> str:
     return normalize("NFKC", clean_name(name).casefold())
 
 
-class Bearer(NamedTuple):  # who is asking, by which log-in, until when (seconds since 1970)
+class Bearer(NamedTuple):  # who is asking, by which log-in; times in seconds since 1970
     name: str
     role: str
     sid: str
     ends: float
+    auth_time: float = 0
 
 
-class Claims(BaseModel):
-    """What a token says: by RFC 7519 or, the two in the middle, by OpenID Connect. Without any of
-    these, it could be good for ever."""
-
+class Claims(BaseModel):  # of a token, all required (RFC 7519; sid, auth_time: OpenID Connect)
     sub: str  # whose it is
     sid: str  # by which log-in
-    auth_time: float  # when the password was given, in seconds since 1970, as the others
+    auth_time: float  # when its password was given
     iat: float
     exp: float = Field(lt=10**11)
-
-
-def is_another_machine(host: str | None) -> bool:
-    """Whether this is an address in the network; a Unix socket's peer, or a test's, has none."""
-    with suppress(ValueError):
-        return not ipaddress.ip_address(host or "").is_loopback
-    return False
 
 
 def one_spelling(password: str) -> str:
     return normalize("NFKC", password[: LONGEST_FORM * MAX_PASSWORD])  # keyboards differ
 
 
-def hash_password(password: str, salt: bytes) -> str:
+def hash_password(password: str, salt: bytes = b"") -> str:
     """What is stored of it. OWASP (Password Storage Cheat Sheet): 16 MiB and 0.2 s a guess."""
+    salt = salt or secrets.token_bytes(16)
     key = hashlib.scrypt(password.encode(), salt=salt, n=2**14, r=8, p=5, maxmem=64 * MIB)
     return f"{salt.hex()}${key.hex()}"
 
@@ -1172,31 +1147,17 @@ class Logins:
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="password")
         self.hashing: Counter[str | None] = Counter()  # passwords that wait, of each address
 
-    async def in_thread(self, work: Callable[[], Any], host: str | None) -> Any:
-        """Hash a password for somebody at this address: few at once, and few of each."""
-        may = self.hashing.total() < MAX_HASHING and self.hashing[host] < MAX_HASHING_EACH
-        must(may, "unavailable", "Too many log-ins at once, try again", retry_after=2)
-        self.hashing[host] += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.threads, work)
-        finally:
-            self.hashing[host] -= 1
-            self.hashing += Counter()  # forgets the zeros
+    async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
-    async def hash(self, password: str, host: str | None) -> str:
-        salt = secrets.token_bytes(16)
-        stored: str = await self.in_thread(lambda: hash_password(password, salt), host)
-        return stored
-
-    async def register(
-        self, name: str, password: str, host: str | None, by: str | None, **more: Any
-    ) -> Event:
-        """A new person, whom ``by`` makes, or they themselves from ``host``."""
-        person = {"user": name, "folded": fold(name), "password": await self.hash(password, host)}
-        may = {"by": by, "is_local": not is_another_machine(host), "is_open": self.is_open}
+    async def register(self, name: str, password: str, is_local: bool, **more: Any) -> Event:
+        """A new person; once that is closed, made ``by`` an admin."""
+        stored = await self.in_thread(hash_password, password)
+        person = {"user": name, "folded": fold(name), "password": stored}
+        may = {"by": None, "is_local": is_local, "is_open": self.is_open}
         return await self.change({"type": "register", **person, **may, **more})
 
-    async def check(self, username: str, password: str, host: str | None) -> Any:
+    async def check(self, username: str, password: str) -> Any:
         """The person whose password this is, or None. An unknown name takes as long as a known."""
         try:
             name, password = fold(username), one_spelling(password)
@@ -1204,14 +1165,11 @@ class Logins:
             name = password = ""
         person = self.storage.find_person(name)
         stored = person["password"] if person else NO_PASSWORD
-        is_right = await self.in_thread(lambda: is_password(password, stored), host)
-        return person if is_right else None
+        return person if await self.in_thread(is_password, password, stored) else None
 
-    async def log_in(
-        self, username: str, password: str, host: str | None, stay: bool = False
-    ) -> dict[str, Any]:
+    async def log_in(self, username: str, password: str, stay: bool = False) -> dict[str, Any]:
         """A token for the right password."""
-        person = await self.check(username, password, host)
+        person = await self.check(username, password)
         if not person:
             log.info("refused log-in as %r", username[:32])
             raise Refused("unauthorized", "Bad username or password")
@@ -1221,61 +1179,54 @@ class Logins:
     async def start(self, name: str, stored: str, stay: bool) -> dict[str, Any]:
         """A new log-in, if this is still what is stored of the password; answers its token."""
         sid, now = secrets.token_urlsafe(16), time.time()
-        login = {"user": name, "password": stored, "sid": sid, "stays": stay}
-        ends = now + self.login_seconds
-        await self.change({"type": "login", **login, "at": now, "ends": ends})
-        return self.make_token(name, sid, now)
+        login = {"user": name, "password": stored, "sid": sid, "stays": stay, "at": now}
+        await self.change({"type": "login", **login, "ends": now + self.login_seconds})
+        return self.make_token(name, sid, now)[0]
 
-    def make_token(self, name: str, sid: str, auth_time: float) -> dict[str, Any]:
-        """A token, shaped as OAuth2 wants it (RFC 6749, section 5.1). It ends with its log-in."""
+    def make_token(self, name: str, sid: str, auth_time: float) -> tuple[dict[str, Any], int]:
+        """A token, shaped as OAuth2 wants it (RFC 6749, section 5.1), and its end."""
         now = time.time()
         seconds = min(self.token_seconds, auth_time + self.login_seconds - now)
         times = {"auth_time": int(auth_time), "iat": int(now), "exp": math.ceil(now + seconds)}
         token = jwt.encode({"sub": name, "sid": sid, **times}, self.secret, algorithm="HS256")
-        return {"access_token": token, "token_type": "bearer", "expires_in": round(seconds)}
+        answer = {"access_token": token, "token_type": "bearer", "expires_in": round(seconds)}
+        return answer, times["exp"]
 
     async def renew(self, token: str | None) -> dict[str, Any]:
         """A new token of the same log-in, whose sockets live on until it ends."""
-        claims, person = self.read(token)
-        is_over = claims.auth_time + self.login_seconds <= time.time()
-        must(not is_over, "unauthorized", "Unauthorized: Log in again")
-        me = self.find_bearer(token, may_be_expired=person["stays"])
-        renewed = self.make_token(me.name, me.sid, claims.auth_time)
-        ends = self.read(renewed["access_token"])[0].exp
+        me = self.find_bearer(token, renewing=True)
+        renewed, ends = self.make_token(me.name, me.sid, me.auth_time)
         await self.change({"type": "renewed", "user": me.name, "sid": me.sid, "ends": ends})
         return renewed
 
-    def read(self, token: str | None) -> tuple[Claims, Any]:
-        """What a token says that we have made, however long ago, and the person it names."""
-        must(token, "unauthorized", "Unauthorized: No token provided")
-        # When it ends, find_bearer looks; and a clock that was set back refuses nobody (iat).
-        unchecked: Any = {"verify_exp": False, "verify_iat": False}
-        claims: Any = None
-        person = None
-        with suppress(jwt.PyJWTError, ValueError):
-            claims = jwt.decode(token or "", self.secret, algorithms=["HS256"], options=unchecked)
-            claims = Claims.model_validate(claims)
-            person = self.storage.find_person(fold(claims.sub), claims.sid)
-        must(person, "unauthorized", "Unauthorized: Invalid token")
-        return claims, person
-
-    def find_bearer(self, token: str | None, may_be_expired: bool = False) -> Bearer:
+    def find_bearer(self, token: str | None, renewing: bool = False) -> Bearer:
         """Who is asking, by what is stored about them now: the one way in, also for sockets."""
-        claims, person = self.read(token)
-        is_good = may_be_expired or time.time() < claims.exp
+        must(token, "unauthorized", "Unauthorized: No token provided")
+        # When it ends is looked at below; and a clock that was set back refuses nobody (iat).
+        unchecked: Any = {"verify_exp": False, "verify_iat": False}
+        claims = person = None
+        with suppress(jwt.PyJWTError, ValueError):
+            given = jwt.decode(token or "", self.secret, algorithms=["HS256"], options=unchecked)
+            claims = Claims.model_validate(given)
+            person = self.storage.find_person(fold(claims.sub), claims.sid)
+        if not claims or not person:
+            raise Refused("unauthorized", "Unauthorized: Invalid token")
+        login_is_over = claims.auth_time + self.login_seconds <= time.time()
+        must(not (renewing and login_is_over), "unauthorized", "Unauthorized: Log in again")
+        is_good = time.time() < claims.exp or (renewing and person["stays"])
         must(is_good, "unauthorized", "Unauthorized: Token expired")
         must(not person["banned"], "forbidden", "Banned")
         must(person["stays"] is not None, "unauthorized", "Unauthorized: Logged out")
-        return Bearer(person["name"], person["role"], claims.sid, claims.exp)
+        return Bearer(person["name"], person["role"], claims.sid, claims.exp, claims.auth_time)
 
 
 def load_or_create_secret(db: Path) -> bytes:
     """The key beside the database, made at the first start, readable by its owner only."""
     path = db.with_name(f"{db.name}.secret")
+    private = functools.partial(os.open, mode=0o600)
     try:
-        if not path.exists():
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
+        with suppress(FileExistsError), open(path, "x", opener=private) as file:
+            file.write(secrets.token_hex(32))
         secret = path.read_bytes()
     except OSError as error:
         raise StartError(f"CHAT_SECRET is not set, and {str(path)!r}: {error.strerror}") from None
@@ -1286,13 +1237,11 @@ def load_or_create_secret(db: Path) -> bytes:
 
 begin_chapter("7. Knowing a user", 401, 503)
 oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
-
-
 Token = Annotated[str | None, Depends(oauth2)]
 
 
-async def find_me(request: Request, token: Token) -> Bearer:
-    return request.app.state.logins.find_bearer(token)  # type: ignore[no-any-return]
+async def find_me(request: Request, token: Token) -> Any:
+    return request.app.state.logins.find_bearer(token)
 
 
 Me = Annotated[Bearer, Depends(find_me)]
@@ -1338,25 +1287,38 @@ class Connection:
             raise Refused(*(self.ended_by or expired)) from None
 
 
+async def take_turn(request: Request) -> AsyncIterator[None]:
+    """A dependency of routes that hash a password: few at once, and few of each address."""
+    hashing, host = request.app.state.logins.hashing, client_host(request)
+    may = hashing.total() < MAX_HASHING and hashing[host] < MAX_HASHING_EACH
+    must(may, "unavailable", "Too many log-ins at once, try again", retry_after=2)
+    hashing[host] += 1
+    try:
+        yield
+    finally:
+        hashing[host] -= 1
+        if not hashing[host]:
+            del hashing[host]
+
+
+HASHES: dict[str, Any] = {"dependencies": [Depends(take_turn)], "responses": OF_BODY}
 InBody = Annotated[str, Body()]  # a field of the JSON body
 Stay = Annotated[bool, Body()]
 NewName = Annotated[str, Body(), AfterValidator(clean_name)]
-PasswordLength = Field(min_length=8, max_length=MAX_PASSWORD)
-NewPassword = Annotated[str, Body(), PasswordLength, AfterValidator(one_spelling)]
+OfLength = Field(min_length=8, max_length=MAX_PASSWORD)
+NewPassword = Annotated[str, Body(embed=True), OfLength, AfterValidator(one_spelling)]
 
 
-@app.post("/login", responses=OF_BODY)
+@app.post("/login", **HASHES)
 async def login(request: Request, username: InBody, password: InBody, stay: Stay = False) -> Any:
     """Log in. A log-in that stays can be renewed by an expired token as well."""
-    logins = request.app.state.logins
-    return await logins.log_in(username, password, client_host(request), stay)
+    return await request.app.state.logins.log_in(username, password, stay)
 
 
-@app.post("/token", responses=OF_BODY)
+@app.post("/token", **HASHES)
 async def token(request: Request, form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> Any:
     """The same as an OAuth2 password form, for the Authorize button of /docs."""
-    logins = request.app.state.logins
-    return await logins.log_in(form.username, form.password, client_host(request))
+    return await request.app.state.logins.log_in(form.username, form.password)
 
 
 @app.post("/renew")
@@ -1365,25 +1327,26 @@ async def renew(request: Request, token: Token) -> Any:
     return await request.app.state.logins.renew(token)
 
 
-@app.post("/register", status_code=201, responses=OF_BODY | answers(409))
+@app.post("/register", status_code=201, **HASHES | {"responses": OF_BODY | answers(409)})
 async def register(
     request: Request, token: Token, username: NewName, password: NewPassword
 ) -> dict[str, Any]:
     """Become a person; the first one is the admin. An admin's token is needed once it is closed."""
-    logins = request.app.state.logins
+    logins, host = request.app.state.logins, client_host(request) or ""
     by = logins.find_bearer(token).name if token and not logins.is_open else None
-    person = await logins.register(username, password, client_host(request), by)
+    is_local = is_loopback(host) or not re.search("[.:]", host)  # that is no address
+    person = await logins.register(username, password, is_local, by=by)
     return {"username": person["user"], "role": person["role"]}
 
 
-@app.put("/me/password", responses=OF_BODY)
+@app.put("/me/password", **HASHES)
 async def change_password(request: Request, me: Me, old: InBody, new: NewPassword) -> Any:
     """Change the password, which ends all log-ins; answers the token of a new one."""
-    logins, host = request.app.state.logins, client_host(request)
-    person = await logins.check(me.name, old, host)
+    logins = request.app.state.logins
+    person = await logins.check(me.name, old)
     must(person, "forbidden", "The old password is wrong")
     change = {"type": "password", "user": me.name, "old": person["password"], "by": me.name}
-    stored = await logins.hash(new, host)
+    stored = await logins.in_thread(hash_password, new)
     await logins.change(change | {"password": stored})
     return await logins.start(me.name, stored, stay=bool(person["stays"]))
 
@@ -1417,64 +1380,53 @@ async def protected(websocket: WebSocket) -> None:
 
 
 def fold_start(start: str) -> str:
-    """The beginning of a name, as ``fold`` leaves it."""
+    """A name, or the beginning of one, as ``fold`` leaves it; of whom there may be nobody."""
     return normalize("NFKC", normalize("NFKC", start).casefold())
 
 
-def fold_or_nobody(name: str) -> str:
-    with suppress(ValueError):
-        return fold(name)
-    return ""  # whose name cannot be one
-
-
-Username = Annotated[str, AfterValidator(fold_or_nobody)]
+Username = Annotated[str, AfterValidator(fold_start)]
 begin_chapter("8. Roles", 401, 404, 503)
 NewRole = Annotated[Literal["member", "moderator", "admin"], Body(embed=True)]
 
 
-async def act(request: Request, me: Bearer, kind: str, username: str, **more: Any) -> Event:
+async def act(request: Request, me: Bearer, kind: str, name: str, **more: Any) -> dict[str, Any]:
     """Post what somebody does to another; logged, since they may be asked why."""
-    change = {"type": kind, "folded": username, "by": me.name, **more}
-    event: Event = await request.app.state.change(change)
-    log.info("%r did %r to %r", me.name, event.get("role", kind), event["user"])
-    return event
+    change = {"type": kind, "folded": name, "by": me.name, **more}
+    event = await request.app.state.change(change)
+    log.info("%r: %s of %r", me.name, event.get("role", kind), event["user"])
+    told = {key: event[key] for key in ("role", "banned", "sockets") if key in event}
+    return {"username": event["user"], **told}
 
 
 @app.put("/users/{username}/role", responses=OF_BODY | answers(409))
 async def set_role(request: Request, role: NewRole, username: Username, me: Me) -> dict[str, Any]:
     """Make somebody a member, moderator or admin; for admins."""
-    event = await act(request, me, "role", username, role=role)
-    return {"username": event["user"], "role": role}
+    return await act(request, me, "role", username, role=role)
 
 
-@app.put("/users/{username}/password", status_code=204, responses=OF_BODY)
-async def reset_password(
-    request: Request, username: Username, new: Annotated[NewPassword, Body(embed=True)], me: Me
-) -> None:
+@app.put("/users/{username}/password", status_code=204, **HASHES)
+async def reset_password(request: Request, username: Username, new: NewPassword, me: Me) -> None:
     """Give somebody a new password, which ends all of their log-ins; for admins."""
-    stored = await request.app.state.logins.hash(new, client_host(request))
+    stored = await request.app.state.logins.in_thread(hash_password, new)
     await act(request, me, "password", username, password=stored)
 
 
 @app.post("/users/{username}/kick")
 async def kick(request: Request, username: Username, me: Me) -> dict[str, Any]:
     """Close somebody's sockets, who may come back; for moderators."""
-    event = await act(request, me, "kick", username)
-    return {"username": event["user"], "sockets": event["sockets"]}
+    return await act(request, me, "kick", username)
 
 
 @app.post("/users/{username}/ban", responses=answers(409))
 async def ban(request: Request, username: Username, me: Me) -> dict[str, Any]:
     """Let somebody log in and send no more, and close their sockets; for moderators."""
-    event = await act(request, me, "ban", username)
-    return {"username": event["user"], "banned": True, "sockets": event["sockets"]}
+    return await act(request, me, "ban", username, banned=True)
 
 
 @app.post("/users/{username}/unban")
 async def unban(request: Request, username: Username, me: Me) -> dict[str, Any]:
     """Lift a ban; for moderators."""
-    event = await act(request, me, "unban", username)
-    return {"username": event["user"], "banned": False}
+    return await act(request, me, "unban", username, banned=False)
 
 
 # 9. Rooms =============================================================================
@@ -1496,7 +1448,6 @@ RUSH = 20  # changes; after a batch of more, the next one waits for others
 GATHER_SECONDS = 0.003  # how long it does
 MAX_PENDING = 10_000  # changes that may wait for the disk before new messages are refused
 MAX_FRAME = 256 * KIB  # bytes after which a frame takes no further batch; one answer may be more
-MAX_FRAMES = 32  # of plain text that are sent one by one; more go out as lines of one frame
 MAX_OUTBOX = 8 * MIB  # bytes that may wait for one client alone; a resume's fit
 MAX_ROOMS = 100  # rooms that one client may follow
 NOTICES = ("joined", "left", "typing", "renewed", "stop")  # these need no database
@@ -1546,8 +1497,7 @@ def members(room: str) -> list[str]:
 
 class Frames:  # lines as text frames, and their bytes on the wire
     def __init__(self, lines: list[bytes], encode: Encode) -> None:
-        as_one = encode is as_json or len(lines) > MAX_FRAMES
-        self.payloads = [b"\n".join(lines)] if lines and as_one else lines
+        self.payloads = [b"\n".join(lines)] if lines and encode is as_json else lines
         frames = (Frame(Opcode.TEXT, payload) for payload in self.payloads)
         self.wire = b"".join(frame.serialize(mask=False) for frame in frames)
 
@@ -1796,7 +1746,7 @@ class ConnectionManager:
             self.roles[user] = role
             rooms = [room for room in self.rooms.values() if user in room.people]
             for client in self.clients[user].union(*(room.followers for room in rooms)):
-                client.tell({"type": "role", "user": user, "role": role})
+                self.send_personal_message({"type": "role", "user": user, "role": role}, client)
 
     def sockets_of(self, event: Event) -> list[Connection]:
         """The open sockets of a person or, if the event names its ``sid``, of a log-in."""
@@ -1941,12 +1891,12 @@ async def chat(websocket: WebSocket) -> None:
     await websocket.accept(CHAT_PROTOCOL if encode is as_json else None)
     token, state = await token_of(websocket), websocket.app.state
     me = state.logins.find_bearer(token)
-    client = Client(websocket, me, encode)
+    client = ChatClient(websocket, me, encode)
     log.info("connected %r from %s", me.name, client_host(websocket))
     try:
         async with client:
             state.manager.connect(client, state.settings.sockets_per_user)
-            await ChatHandler(client, state.manager, state.limit).listen()
+            await client.listen()
     finally:
         state.manager.disconnect(client)
         log.info("disconnected %r", me.name)
@@ -1955,24 +1905,27 @@ async def chat(websocket: WebSocket) -> None:
 app.router.add_websocket_route("/ws/chat", chat)  # Starlette's: there is nothing to be injected
 
 
-class ChatHandler:
-    def __init__(self, client: Client, manager: ConnectionManager, limit: RateLimit) -> None:
-        self.client, self.me = client, client.me
-        self.manager, self.storage = manager, manager.storage
-        self.limit = limit
-        self.tell = functools.partial(manager.send_personal_message, client=client)
+class ChatClient(Client):
+    """A client that does what it is told."""
+
+    def __init__(self, websocket: WebSocket, me: Bearer, encode: Encode) -> None:
+        super().__init__(websocket, me, encode)
+        state = websocket.app.state
+        self.manager: ConnectionManager = state.manager
+        self.storage: Storage = state.storage
+        self.limit: RateLimit = state.limit
 
     async def listen(self) -> None:
         """Join what the URL asks for, then do what each frame asks for."""
-        is_json = self.client.encode is as_json
-        query = {"room": "lobby", **self.client.websocket.query_params, "type": "join"}
+        is_json = self.encode is as_json
+        query = {"room": "lobby", **self.websocket.query_params, "type": "join"}
         query["room"] = query["room"].replace(" ", "+")  # what a "+" in a query means
         await self.attempt(self.obey_json, json.dumps(query))
         while True:
-            frame = await receive_text(self.client.websocket)
+            frame = await receive_text(self.websocket)
             lines = frame.split("\n") if is_json else [frame]
             for line in lines:
-                await self.client.written.wait()  # who reads no answers is not listened to
+                await self.written.wait()  # who reads no answers is not listened to
                 await self.attempt(self.obey_json if is_json else self.obey_plain, line)
                 if len(lines) > 1:  # there may be thousands: let others go between
                     await asyncio.sleep(0)
@@ -1992,7 +1945,7 @@ class ChatHandler:
 
     async def obey_plain(self, line: str) -> None:
         """Plain text: a command, or a message to the one room that such a client is in."""
-        room = next(iter(self.client.cursors), None)
+        room = next(iter(self.cursors), None)
         match line.split() if line.startswith("/") else None:
             case None:
                 if not room:
@@ -2019,7 +1972,7 @@ class ChatHandler:
         named = event.room or f"@{self.me.name}+{event.to}"
         if event.type == "join":
             while wait := self.limit.retry_after(f"join {self.me.name}", self.limit.rate):
-                self.client.flush()
+                self.flush()
                 await asyncio.sleep(wait)  # everybody in the room hears of joins
         name = find_room(self.storage, named, self.me)
         room = self.manager.rooms.get(name)
@@ -2028,10 +1981,10 @@ class ChatHandler:
                 self.send(name, event.text or "", event.mid)
             case "join":
                 self.join(name, event.after, event.epoch)
-            case "leave" if room in self.client.cursors:
-                self.manager.leave(self.client, room)
+            case "leave" if room in self.cursors:
+                self.manager.leave(self, room)
             case "typing":
-                may = room in self.client.cursors or members(name)
+                may = room in self.cursors or members(name)
                 must(may, "forbidden", "Join the room first")
                 if not self.limit.retry_after(f"typing {self.me.name} {name}", TYPING_RATE):
                     self.manager.post({"type": "typing", "room": name, "user": self.me.name})
@@ -2044,7 +1997,7 @@ class ChatHandler:
         self.limit.spend(self.me.name)
 
         def answer(outcome: Event | Refused) -> None:
-            is_told = self.manager.rooms.get(room) in self.client.cursors or members(room)
+            is_told = self.manager.rooms.get(room) in self.cursors or members(room)
             if isinstance(outcome, Refused):
                 self.tell(error_event(outcome, message))
             elif isinstance(outcome, Repeated) or not is_told:
@@ -2060,10 +2013,10 @@ class ChatHandler:
         missed = self.storage.missed(room, after) if is_ours and after is not None else None
         if missed:
             past = [history_event(room, missed[0], more=False), *missed[1]]
-        elif self.client.encode is as_json or after is not None:
+        elif self.encode is as_json or after is not None:
             page = self.storage.page(room, HISTORY)
             past = [history_event(room, *page, complete=after is None)]
-        self.manager.join(self.client, room, past)
+        self.manager.join(self, room, past)
 
 
 begin_chapter("10. The chat", 401, 503)
@@ -2082,11 +2035,8 @@ async def list_rooms(
         named = sorted(room for room in {"lobby", *opened} if room.startswith(q))
         unwritten = (room for room in named if may_see(room, me) and not storage.is_written(room))
         found |= dict.fromkeys(itertools.islice(unwritten, limit - len(found)), 0)
-    online = {room: len(opened[room].people) for room in found if room in opened}
-    return [
-        {"room": room, "online": online.get(room, 0), "last_id": last_id}
-        for room, last_id in found.items()
-    ]
+    online = {room: len(opened[room].people) if room in opened else 0 for room in found}
+    return [{"room": room, "online": online[room], "last_id": id} for room, id in found.items()]
 
 
 @app.get("/rooms/{room}/messages", responses=answers(404))
@@ -2137,19 +2087,13 @@ async def list_users(request: Request, me: Me, q: NameStart | None = None) -> li
     """Who is online. With ``q``: whose names begin so, online or not, the first 50; to moderators,
     also whether they are banned."""
     manager, storage = request.app.state.manager, request.app.state.storage
-    if q is None:
-        people = [{"name": name, "role": manager.roles[name]} for name in sorted(manager.clients)]
-    else:
-        people = [dict(person) for person in storage.find_people(q)]
+    found = sorted(manager.roles.items()) if q is None else storage.find_people(q)
     users = []
-    for person in people:
-        clients = manager.clients.get(person["name"], ())
+    for name, role, *banned in found:
+        clients = manager.clients.get(name, ())
         rooms = {room.name for client in clients for room in client.cursors}
-        user = {"username": person["name"], "role": person["role"]}
-        user["rooms"] = sorted(room for room in rooms if may_see(room, me))
-        if me.role != "member" and "banned" in person:
-            user["banned"] = bool(person["banned"])
-        users.append(user)
+        user = {"username": name, "role": role, "rooms": sorted(r for r in rooms if may_see(r, me))}
+        users.append(user | ({"banned": bool(banned[0])} if banned and me.role != "member" else {}))
     return users
 
 
@@ -2160,7 +2104,6 @@ async def healthz(request: Request) -> dict[str, Any]:
     if state.checking is None or state.checking.done():  # one serves all who ask meanwhile
         state.checking = asyncio.create_task(state.change({"type": "health"}))
     await asyncio.shield(state.checking)
-    must(state.storage.is_in_place(), "unavailable", "The database's file was moved or deleted")
     rooms = [room for room in state.manager.rooms if not members(room)]
     return {"status": "ok", "online": len(state.manager.clients), "rooms": len(rooms)}
 
@@ -2213,7 +2156,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             if settings.demo_users and not storage.find_people(""):
                 for name, password in DEMO_PEOPLE.items():
                     role = "admin" if name == "admin" else "member"
-                    await state.logins.register(name, password, None, None, role=role)
+                    await state.logins.register(name, password, True, role=role)
             yield
         finally:
             await state.change({"type": "stop"})  # changes nothing, but all before it is done
@@ -2223,7 +2166,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app.router.lifespan_context = lifespan
 STALL_SECONDS = 20  # how long a peer may take no byte of what waits for it, or be silent
-HEAD_SECONDS = 20  # how long a connection may have no whole head of a request
+HEAD_SECONDS = 20  # how long a connection may go without a whole head of a request
 PONG_SECONDS = 120.0  # a ping may stand behind megabytes for a slow line
 SEND_BUFFER = 256 * KIB  # of the kernel, for each socket: it would hide megabytes
 MAX_FRAGMENTS = 1_024  # frames that one message may come in
@@ -2234,27 +2177,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's fast HTTP protocol, which would wait for headers, and gather them, without end."""
 
     head = 0  # bytes that have come of it
-    head_timer: asyncio.TimerHandle
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.expect_head()
+        expire = self.timeout_keep_alive_handler
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, expire)
 
-    def expect_head(self) -> None:
-        self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+    def _unset_keepalive_if_required(self) -> None:
+        pass  # uvicorn does not wait any longer once a head has begun; here, once it is whole
 
     def on_headers_complete(self) -> None:
-        self.head_timer.cancel()
+        super()._unset_keepalive_if_required()
         super().on_headers_complete()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.cycle.response_complete:  # and no further one was sent ahead
-            self.expect_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.head_timer.cancel()
-        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -2365,6 +2299,7 @@ def main() -> None:
         ws=ChatProtocol,
         ws_max_size=64 * KIB,
         ws_ping_timeout=PONG_SECONDS,
+        timeout_keep_alive=HEAD_SECONDS,
         ws_per_message_deflate=False,  # it would compress the same text once for each reader
         timeout_graceful_shutdown=5,
     )
