@@ -1769,6 +1769,31 @@ class ConnectionManager:
 # field checked in one place; what is wrong is answered with an error that names it, and the socket
 # stays open. What is right is said in the words of chapter 9.
 
+app.description = """
+The chat's socket is `/ws/chat?room=lobby`. Its token comes as `Authorization: Bearer`, as `token`
+in the query or, from a browser, as a subprotocol: `["lobby.v1", "bearer." + token]`. With
+`lobby.v1` each frame has one or more JSON objects, one a line; without it, lines of text (`/help`
+lists what they can do). A close by 1008 is final; after anything else but 1000, come back with
+the newest `id` as `after`, and the `epoch`.
+
+| you send | |
+|---|---|
+| `{"type": "message", "room", "text", "mid"}` | `mid`: your own id; or `to` a person |
+| `{"type": "join", "room", "after"?, "epoch"?}` | follow a room, from all since this id on |
+| `{"type": "leave", "room"}`, `{"type": "typing", "room"}` | |
+| `{"type": "history", "room", "before"?, "limit"?}` | an older page |
+
+| you receive | |
+|---|---|
+| `{"type": "welcome", "user", "role", "epoch", "expires_at", "rooms"}` | first |
+| `{"type": "history", "room", "messages", "more", "complete"}` | not `complete`: some are missing |
+| `{"type": "presence", "room", "users"}` | name and role of who is here, after you joined |
+| `{"type": "message", "id", "room", "user", "text", "at", "mid"}` | it is on the disk |
+| `{"type": "joined", "room", "user", "role"}`, `left`, `typing`, `role` | of somebody else |
+| `{"type": "deleted", "room", "id"}` | |
+| `{"type": "error", "code", "message", "room"?, "mid"?, "retry_after"?}` | it stays open |
+"""
+
 CHAT_PROTOCOL = "lobby.v1"
 HELP = "/msg bob hi  says hi to bob alone\n/who         who is here\n/help        this text"
 HISTORY = 50  # messages shown on joining
