@@ -32,6 +32,7 @@ import tomllib
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -1294,9 +1295,9 @@ def claims_of(token: str) -> dict[str, Any]:
     return dict(jwt.decode(token, options={"verify_signature": False}))
 
 
-def forge(**changes: Any) -> str:
-    """A token of a real log-in that is right but for these claims (None: left out)."""
-    claims = claims_of(token()) | changes
+def forge(secret: str = "", **changes: Any) -> str:
+    """A token like this one, or of a new log-in, but for these claims (None: left out)."""
+    claims = claims_of(secret or token()) | changes
     good = {name: value for name, value in claims.items() if value is not None}
     return jwt.encode(good, app.state.logins.secret, algorithm="HS256")
 
@@ -1322,6 +1323,7 @@ BAD_TOKENS: list[tuple[Callable[[], str], str]] = [
     (lambda: forge(sid="unknown"), "Logged out"),
     (lambda: forge(sub="user2"), "Logged out"),  # it was not their log-in
     (lambda: forge(exp=time.time() - 1), "Token expired"),
+    (lambda: forge(exp=1e12), "Invalid token"),
 ]  # fmt: skip
 
 
@@ -1330,9 +1332,11 @@ def test_a_bad_token_is_refused_with_its_reason(
     client: TestClient, make: Callable[[], str], reason: str
 ) -> None:
     bad = make()
-    answer = client.get("/me", headers={"Authorization": f"Bearer {bad}".encode()})
-    assert (answer.status_code, answer.json()) == (401, {"detail": f"Unauthorized: {reason}"})
-    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    for method, path in (("GET", "/me"), ("POST", "/renew")):
+        headers = {"Authorization": f"Bearer {bad}".encode()}
+        answer = client.request(method, path, headers=headers)
+        assert (answer.status_code, answer.json()) == (401, {"detail": f"Unauthorized: {reason}"})
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
     for path in ("/ws/protected", "/ws/chat"):
         assert refused(client, f"{path}?token={bad}") == (1008, f"Unauthorized: {reason}")
 
@@ -1346,6 +1350,178 @@ def test_a_long_name_or_password_costs_no_time(client: TestClient) -> None:
     url, headers = "/rooms/lobby/messages", bearer()
     for text, status in ((marks, 422), ("a" + "\u0301" * 31, 422), ("a" + "\u0301" * 30, 201)):
         assert client.post(url, json={"text": text}, headers=headers).status_code == status
+
+
+def renew(client: TestClient, secret: str) -> Any:
+    return client.post("/renew", headers=bearer_of(secret))
+
+
+def test_a_renewal_gives_a_token_of_the_same_log_in(client: TestClient) -> None:
+    now = int(time.time())
+    old = forge(auth_time=now - 600, iat=now - 600, exp=now + 60)
+    answer = renew(client, old).json()
+    assert answer.keys() == {"access_token", "token_type", "expires_in"}
+    assert answer["expires_in"] == 3600
+    before, after = claims_of(old), claims_of(answer["access_token"])
+    assert [after[name] for name in ("sub", "sid", "auth_time")] == [
+        before[name] for name in ("sub", "sid", "auth_time")
+    ]
+    assert after["iat"] >= now
+    assert 3600 <= after["exp"] - after["iat"] <= 3601
+    for good in (old, answer["access_token"]):
+        assert client.get("/me", headers=bearer_of(good)).status_code == 200
+
+
+def test_the_sockets_of_a_renewed_log_in_live_on_until_the_new_tokens_end(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAT_TOKEN_MINUTES", "0.02")
+    expired = 1008, "Unauthorized: Token expired"
+    with Entered(app) as client:
+        now = time.time()
+        renewed, other = forge(exp=now + 0.5), forge(exp=now + 0.7)
+        with (
+            client.websocket_connect("/ws/protected", headers=bearer_of(renewed)) as lives,
+            client.websocket_connect("/ws/protected", headers=bearer_of(other)) as ends,
+        ):
+            assert lives.receive_text() == ends.receive_text()
+            assert renew(client, renewed).status_code == 200
+            assert closed(ends) == expired
+            lives.send_text("still here")
+            assert lives.receive_text() == "user1 says: still here"
+            assert closed(lives) == expired
+
+
+@pytest.mark.parametrize(("stay", "status"), [(True, 200), (False, 401)])
+def test_by_an_expired_token_only_a_log_in_that_stays_is_renewed(
+    client: TestClient, stay: bool, status: int
+) -> None:
+    body = {"username": "user1", "password": "password1", "stay": stay}
+    secret = client.post("/login", json=body).json()["access_token"]
+    answer = renew(client, forge(secret, exp=time.time() - 1))
+    assert answer.status_code == status
+    if stay:
+        renewed = answer.json()["access_token"]
+        assert client.get("/me", headers=bearer_of(renewed)).status_code == 200
+    else:
+        assert answer.json() == {"detail": "Unauthorized: Token expired"}
+
+
+def test_an_expired_token_is_good_for_nothing_but_a_renewal(client: TestClient) -> None:
+    expired = forge(token(stay=True), exp=time.time() - 1)
+    for method, path in (("GET", "/me"), ("GET", "/rooms"), ("POST", "/logout")):
+        answer = client.request(method, path, headers=bearer_of(expired))
+        assert answer.status_code == 401
+        assert answer.json() == {"detail": "Unauthorized: Token expired"}
+    for path in ("/ws/protected", "/ws/chat"):
+        reason = "Unauthorized: Token expired"
+        assert refused(client, path, headers=bearer_of(expired)) == (1008, reason)
+    assert renew(client, expired).status_code == 200
+
+
+@pytest.mark.parametrize("stay", [False, True])
+def test_an_old_log_in_is_not_renewed(client: TestClient, stay: bool) -> None:
+    day = 86_400
+    secret = token(stay=stay)
+    young = forge(secret, auth_time=time.time() - 30 * day + 60)
+    assert renew(client, young).status_code == 200
+    answer = renew(client, forge(secret, auth_time=time.time() - 30 * day))
+    assert answer.status_code == 401
+    assert answer.json() == {"detail": "Unauthorized: Log in again"}
+
+
+def test_a_token_ends_at_the_latest_with_its_log_in(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAT_LOGIN_DAYS", "0.01")  # 864 s
+    with Entered(app) as client:
+        secret = token()
+        claims = claims_of(secret)
+        assert 864 <= claims["exp"] - claims["auth_time"] <= 866
+        renewed = renew(client, forge(secret, auth_time=claims["auth_time"] - 800)).json()
+        assert 0 < renewed["expires_in"] <= 64
+        claims = claims_of(renewed["access_token"])
+        assert claims["exp"] - claims["auth_time"] <= 865
+
+
+@pytest.mark.parametrize("stay", [False, True])
+def test_a_logout_ends_the_renewed_tokens_too(client: TestClient, stay: bool) -> None:
+    first = token(stay=stay)
+    second = renew(client, first).json()["access_token"]
+    third = renew(client, second).json()["access_token"]
+    assert client.post("/logout", headers=bearer_of(second)).status_code == 204
+    for secret in (first, second, third):
+        for answer in (client.get("/me", headers=bearer_of(secret)), renew(client, secret)):
+            assert answer.status_code == 401
+            assert answer.json() == {"detail": "Unauthorized: Logged out"}
+    assert renew(client, forge(third, exp=time.time() - 1)).status_code == 401
+
+
+def test_a_renewal_does_not_revive_a_socket_that_was_ended(client: TestClient) -> None:
+    """By a kick in the same batch; the log-in goes on, so its person may come back."""
+    mine = token()
+    with (
+        chat(client, "user2") as conversation,
+        client.websocket_connect("/ws/protected", headers=bearer_of(mine)) as websocket,
+    ):
+        websocket.receive_text()
+        with held_up():
+            conversation.say("is being stored", "m1")  # so both that follow are one batch
+            conversation.nothing_came()
+            change = {"type": "kick", "folded": "user1", "by": "admin"}
+            kick = client.portal.start_task_soon(app.state.change, change)
+            renewal = client.portal.start_task_soon(app.state.logins.renew, mine)
+            conversation.nothing_came()
+            assert len(app.state.manager.pending) == 2
+        assert kick.result(20)["sockets"] == 1
+        renewed = renewal.result(20)["access_token"]
+        websocket.send_text("still here?")
+        with pytest.raises(WebSocketDisconnect) as error:
+            websocket.receive_text()
+        assert (error.value.code, error.value.reason) == (1008, "Kicked")
+    assert client.get("/me", headers=bearer_of(renewed)).status_code == 200
+
+
+def test_who_is_banned_cannot_renew(client: TestClient) -> None:
+    secret = token(stay=True)
+    act(client, "admin", "user1/ban")
+    for one in (secret, forge(secret, exp=time.time() - 1)):
+        answer = renew(client, one)
+        assert (answer.status_code, answer.json()) == (403, {"detail": "Banned"})
+    act(client, "admin", "user1/unban")
+    assert renew(client, secret).status_code == 200
+
+
+def test_a_renewal_needs_no_disk(client: TestClient) -> None:
+    """Not even in a batch with what does, and fails; the sockets live on all the same."""
+    with chat(client, "user2") as conversation:
+        short = forge(exp=time.time() + 60)
+        with client.websocket_connect("/ws/protected", headers=bearer_of(short)) as websocket:
+            websocket.receive_text()
+            (connection,) = [one for one in app.state.connections if one.me.name == "user1"]
+            before = connection.deadline.when()
+            with held_up():
+                app.state.storage.writer.execute("PRAGMA query_only = ON")
+                conversation.say("is being stored", "m1")  # so both that follow are one batch
+                conversation.nothing_came()
+                conversation.say("cannot be stored", "m2")
+                renewal = client.portal.start_task_soon(app.state.logins.renew, short)
+                conversation.nothing_came()
+                assert len(app.state.manager.pending) == 2
+            assert [conversation.next()["code"] for _ in range(2)] == ["unavailable"] * 2
+            assert renewal.result(20)["expires_in"] == 3600
+            assert connection.deadline.when() > before + 3000
+        assert renew(client, short).status_code == 200
+
+
+def test_a_clock_that_was_set_back_refuses_nobody(client: TestClient) -> None:
+    """So that tokens were made, and passwords given, in what is the future now."""
+    later = time.time() + 300
+    secret = forge(iat=later, auth_time=later, exp=later + 3600)
+    assert client.get("/me", headers=bearer_of(secret)).status_code == 200
+    assert renew(client, secret).json()["expires_in"] == 3600
+    with client.websocket_connect("/ws/protected", headers=bearer_of(secret)) as websocket:
+        assert websocket.receive_text().startswith("Hello")
 
 
 def test_after_logout_the_token_is_refused_and_its_sockets_close(client: TestClient) -> None:
@@ -1394,6 +1570,100 @@ def test_a_log_in_is_a_row_until_it_ends(client: TestClient, database: Path) -> 
         ]
         client.post("/logout", headers=bearer_of(second))
         assert db.execute(rows).fetchall() == [(first, "user1")]
+
+
+def can_log_in(client: TestClient, password: str, user: str = "user1") -> bool:
+    body = {"username": user, "password": password}
+    return bool(client.post("/login", json=body).status_code == 200)
+
+
+def test_a_changed_password_ends_every_other_log_in(client: TestClient) -> None:
+    mine, other = token(), token()
+    with (
+        client.websocket_connect("/ws/chat", headers=bearer_of(mine)) as tab,
+        client.websocket_connect("/ws/protected", headers=bearer_of(other)) as other_tab,
+        client.websocket_connect("/ws/protected", headers=bearer("user2")) as bystander,
+    ):
+        body = {"old": "password1", "new": "another password"}
+        answer = client.put("/me/password", json=body, headers=bearer_of(mine))
+        assert answer.status_code == 200
+        assert answer.json().keys() == {"access_token", "token_type", "expires_in"}
+        reason = 1008, "Unauthorized: Password changed"
+        assert [closed(one) for one in (tab, other_tab)] == [reason] * 2
+        bystander.receive_text()
+        bystander.send_text("still here")
+        assert bystander.receive_text() == "user2 says: still here"
+    for secret in (mine, other):
+        ended = client.get("/me", headers=bearer_of(secret))
+        assert (ended.status_code, ended.json()) == (401, {"detail": "Unauthorized: Logged out"})
+        assert renew(client, secret).status_code == 401
+    new = answer.json()["access_token"]
+    assert client.get("/me", headers=bearer_of(new)).json()["username"] == "user1"
+    assert can_log_in(client, "another password") and not can_log_in(client, "password1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "status"),
+    [
+        ("wrong", "another password", 403),
+        ("", "another password", 403),
+        ("\ud800", "another password", 403),
+        ("password1", "1234567", 422),
+        ("password1", "x" * 129, 422),
+    ],
+)
+def test_a_change_of_password_that_is_refused_changes_nothing(
+    client: TestClient, old: str, new: str, status: int
+) -> None:
+    mine = bearer()
+    with client.websocket_connect("/ws/protected", headers=mine) as websocket:
+        content = json.dumps({"old": old, "new": new})
+        headers = mine | {"Content-Type": "application/json"}
+        answer = client.put("/me/password", content=content, headers=headers)
+        assert answer.status_code == status
+        assert status != 403 or answer.json() == {"detail": "The old password is wrong"}
+        assert "input" not in answer.text
+        websocket.receive_text()
+        websocket.send_text("still here")
+        assert websocket.receive_text() == "user1 says: still here"
+    assert client.get("/me", headers=mine).status_code == 200
+    assert can_log_in(client, "password1")
+
+
+def test_of_two_changes_from_the_same_old_password_one_wins(client: TestClient) -> None:
+    """Both have looked at it before either changes it."""
+    held, logins, mine = threading.Event(), app.state.logins, bearer()
+    for _ in range(2):
+        logins.threads.submit(held.wait)
+
+    def change(new: str) -> int:
+        body = {"old": "password1", "new": new}
+        return int(client.put("/me/password", json=body, headers=mine).status_code)
+
+    passwords = ["one password", "other password"]
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(change, new) for new in passwords]
+        while logins.hashing.total() < 2:
+            assert client.get("/items/5").status_code == 200
+        held.set()
+        statuses = [answer.result(20) for answer in answers]
+    assert sorted(statuses) == [200, 403]
+    assert [can_log_in(client, new) for new in passwords] == [one == 200 for one in statuses]
+
+
+def test_what_becomes_of_a_change_tells_no_hash(client: TestClient) -> None:
+    stored = app.state.storage.find_person("user1")["password"]
+    login = {"type": "login", "user": "user1", "password": stored, "sid": "s", "stays": False}
+    more = {"user": "user1", "by": "user1", "old": stored, "password": lobby.NO_PASSWORD}
+    for change in (
+        {"type": "register", **new_person("new")},
+        login | {"at": time.time(), "ends": time.time() + 60},
+        {"type": "password", **more},
+        {"type": "password", "folded": "user1", "by": "admin", "password": stored},
+    ):
+        event = client.portal.call(app.state.change, change)
+        assert event["user"] in ("user1", "new")
+        assert not {stored, lobby.NO_PASSWORD} & set(map(str, event.values()))
 
 
 def test_who_changes_the_password_meanwhile_is_not_logged_in_by_the_old_one(
@@ -1657,6 +1927,30 @@ def test_kicks_and_bans_are_seen_on_the_wire(serve: Callable[..., Server]) -> No
             1008,
             reason,
         )
+
+
+@pytest.mark.usefixtures("people")
+def test_an_admin_gives_somebody_a_new_password(client: TestClient) -> None:
+    mine, url, body = token(), "/users/USER1/password", {"new": "another password"}
+    with client.websocket_connect("/ws/protected", headers=bearer_of(mine)) as websocket:
+        for who in ("member1", "moderator1", "user1"):
+            assert client.put(url, json=body, headers=bearer(who)).status_code == 403
+        admin = bearer("admin1")
+        for name, new, status in (
+            ("nobody", "another password", 404),
+            ("a b", "another password", 404),
+            ("user1", "1234567", 422),
+            ("user1", "x" * 129, 422),
+        ):
+            answer = client.put(f"/users/{name}/password", json={"new": new}, headers=admin)
+            assert answer.status_code == status
+        assert client.get("/me", headers=bearer_of(mine)).status_code == 200
+        answer = client.put(url, json=body, headers=admin)
+        assert (answer.status_code, answer.content) == (204, b"")
+        assert websocket.receive_text() == "Hello user1, you are authenticated!"
+        assert closed(websocket) == (1008, "Unauthorized: Password changed")
+    assert client.get("/me", headers=bearer_of(mine)).status_code == 401
+    assert can_log_in(client, "another password") and not can_log_in(client, "password1")
 
 
 # -- 9. Rooms ------------------------------------------------------------------------------
