@@ -125,6 +125,13 @@ def bearer(user: str = "user1") -> dict[str, str]:
     return bearer_of(token(user))
 
 
+def at_address(client: TestClient, host: str) -> TestClient:
+    """The same application, asked from another address."""
+    other = TestClient(client.app, client=(host, 50_000))
+    other.portal = client.portal
+    return other
+
+
 class Chat:
     """A socket of either test client that speaks ``lobby.v1``: one event at a time."""
 
@@ -215,7 +222,7 @@ class Server:
         command = [sys.executable, *command]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, cwd=HERE, env=environment, stderr=log)
-        self.port = int(self.wait_for_log(r"running on http://127.0.0.1:(\d+)"))
+        self.port = int(self.wait_for_log(r"running on http://[\d.]+:(\d+)"))
         self.url = f"http://127.0.0.1:{self.port}"
 
     def wait_for_log(self, pattern: str) -> str:
@@ -834,11 +841,11 @@ def test_passwords_that_were_changed_are_not_public(
             body = {"new": "a password of our own"}
             url = f"/users/{name}/password"
             assert client.put(url, json=body, headers=bearer("admin")).status_code == 204
-    assert serve(CHAT_HOST="0.0.0.0").request("/healthz")["status"] == "ok"
+    assert serve(host="0.0.0.0").request("/healthz")["status"] == "ok"
 
 
 def test_public_passwords_may_be_meant(serve: Callable[..., Server]) -> None:
-    server = serve(CHAT_HOST="0.0.0.0", CHAT_DEMO_USERS="1")
+    server = serve(host="0.0.0.0", demo_users="1")
     assert server.request("/healthz")["status"] == "ok"
 
 
@@ -1234,6 +1241,27 @@ def test_the_loop_computes_no_hash(client: TestClient) -> None:
     assert log_in.result(20)["token_type"] == "bearer"
 
 
+def test_one_address_that_tries_passwords_keeps_out_no_other(client: TestClient) -> None:
+    held, logins = threading.Event(), app.state.logins
+    for _ in range(2):
+        logins.threads.submit(held.wait)
+    guess = logins.log_in, "user1", "password1", "203.0.113.9"
+    guesses = [client.portal.start_task_soon(*guess) for _ in range(lobby.MAX_HASHING_EACH)]
+    body = {"username": "user1", "password": "password1"}
+    answer = at_address(client, "203.0.113.9").post("/login", json=body)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(at_address(client, "203.0.113.10").post, "/login", json=body)
+        while logins.hashing["203.0.113.10"] < 1:
+            assert client.get("/items/5").status_code == 200
+            assert not other.done(), other.result()
+        held.set()
+        assert other.result(20).status_code == 200
+    assert {guess.result(20)["token_type"] for guess in guesses} == {"bearer"}
+    assert at_address(client, "203.0.113.9").post("/login", json=body).status_code == 200
+    assert not logins.hashing  # nothing is kept of an address
+
+
 def test_when_too_many_passwords_wait_a_log_in_is_put_off(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1264,6 +1292,49 @@ def test_without_demo_people_the_first_to_register_is_the_admin(
             for name in ("first", "second")
         ]
     assert [person["role"] for person in roles] == ["admin", "member"]
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1", 201), ("::1", 201), ("203.0.113.9", 403), ("2001:db8::9", 403)],
+)
+def test_the_first_person_comes_from_this_machine(
+    monkeypatch: pytest.MonkeyPatch, host: str, status: int, is_open: bool
+) -> None:
+    monkeypatch.setenv("CHAT_DEMO_USERS", "0")
+    monkeypatch.setenv("CHAT_REGISTER", str(int(is_open)))
+    with Entered(app) as client:
+        body = {"username": "first", "password": "longenough"}
+        answer = at_address(client, host).post("/register", json=body)
+        assert answer.status_code == status
+        if status == 201:
+            assert answer.json() == {"username": "first", "role": "admin"}
+        else:
+            assert "over loopback" in answer.json()["detail"]
+            assert not app.state.storage.find_people("")
+
+
+def test_with_people_there_another_address_may_register(client: TestClient) -> None:
+    body = {"username": "new", "password": "longenough"}
+    answer = at_address(client, "203.0.113.9").post("/register", json=body)
+    assert (answer.status_code, answer.json()) == (201, {"username": "new", "role": "member"})
+
+
+def test_once_registration_is_closed_only_an_admin_makes_people(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAT_REGISTER", "0")
+    with Entered(app) as client:
+        act(client, "admin", "user2", role="moderator")
+        body = {"username": "new", "password": "longenough"}
+        for headers in ({}, bearer("user1"), bearer("user2")):
+            answer = client.post("/register", json=body, headers=headers)
+            assert answer.status_code == 403
+            assert "only an admin" in answer.json()["detail"]
+        answer = client.post("/register", json=body, headers=bearer("admin"))
+        assert (answer.status_code, answer.json()) == (201, {"username": "new", "role": "member"})
+        assert can_log_in(client, "longenough", "new")
 
 
 @pytest.mark.parametrize("name", ["a", "x" * 32, "你好", "नमस्ते", "Łódź-1_2", "ﬁnn"])
