@@ -2119,6 +2119,69 @@ def test_long_texts_make_the_window_shorter() -> None:
     assert len(room.batches) == 1  # whatever its size, the newest is there to be read
 
 
+def test_who_joins_is_shown_with_the_role_of_that_moment(client: TestClient) -> None:
+    """It may have changed since they came."""
+    secret = token()
+    with chat(client, "user2") as watcher:
+        with chat(client, secret=secret):
+            assert watcher.next() == joined("user1")
+        watcher.next("left")
+        with held_up():
+            watcher.say("is being stored", "m1")  # so both that follow are one batch
+            watcher.nothing_came()
+            change = {"type": "role", "folded": "user1", "role": "moderator", "by": "admin"}
+            promotion = client.portal.start_task_soon(app.state.change, change)
+            newcomer = chat(client, quiet=False, secret=secret)
+            conversation = newcomer.__enter__()
+            assert conversation.next("presence")["users"]["user1"] == "member"
+            watcher.nothing_came()
+            assert len(app.state.manager.pending) == 2
+        assert promotion.result(20)["role"] == "moderator"
+        assert watcher.next("joined") == joined("user1", role="moderator")
+        assert conversation.next("joined") == joined("user1", role="moderator")
+        newcomer.__exit__(None, None, None)
+
+
+def test_a_new_role_is_told_once_to_each_who_is_in_a_room_with_them(client: TestClient) -> None:
+    """And to all of their own sockets, in a room or not; to nobody else."""
+    register = {"type": "register", **new_person("stranger")}
+    client.portal.call(app.state.change, register)
+    event = {"type": "role", "user": "user1", "role": "moderator"}
+    with (
+        chat(client) as mine,
+        chat(client, quiet=False) as my_other_tab,
+        chat(client, "user2") as beside,
+        chat(client, "stranger", "room=tea") as stranger,
+    ):
+        my_other_tab.send("leave", room="lobby")
+        my_other_tab.send("nonsense")
+        my_other_tab.next("error")
+        for conversation in (mine, beside):  # they share two rooms
+            conversation.send("join", room="cake")
+            conversation.next("presence")
+        mine.say("all of this was shown", "m1", room="cake")
+        for conversation in (mine, beside):
+            assert conversation.next("message")["mid"] == "m1"
+        my_other_tab.nothing_came()
+        assert act(client, "admin", "user1", role="moderator") == 200
+        for conversation in (mine, beside, my_other_tab):
+            assert conversation.next() == event
+            conversation.nothing_came()
+        stranger.nothing_came()
+        beside.send("join", room="lobby")
+        users = {"user1": "moderator", "user2": "member"}
+        assert beside.next()["users"] == users
+
+
+def test_a_new_role_is_told_to_somebody_in_no_room(client: TestClient) -> None:
+    with chat(client) as conversation:
+        conversation.send("leave", room="lobby")
+        conversation.nothing_came()
+        assert act(client, "admin", "user1", role="admin") == 200
+        assert conversation.next() == {"type": "role", "user": "user1", "role": "admin"}
+        conversation.nothing_came()
+
+
 def test_a_person_joins_and_leaves_once_however_many_sockets(client: TestClient) -> None:
     with chat(client, "user2") as watcher:
         with chat(client) as first:
@@ -2437,6 +2500,31 @@ def test_bad_input_is_answered_and_nobody_else_notices(
             assert error["mid"] == "m"
         conversation.say("x" * 4000, "good")
         assert other.next()["mid"] == "good"
+
+
+@pytest.mark.parametrize(
+    ("event", "code"),
+    [
+        ({"type": "typing", "room": "tea"}, "forbidden"),
+        ({"type": "join", "room": "no such room"}, "unknown_room"),
+        ({"type": "join", "room": "tea", "after": -1}, "invalid"),
+        ({"type": "history", "room": "tea", "limit": 0}, "invalid"),
+        ({"type": "message", "room": "Tea", "text": "", "mid": "m"}, "invalid"),
+        ({"type": "message", "room": "tea", "text": "x" * 4001, "mid": "m"}, "too_long"),
+        ({"type": "message", "room": "tea", "text": "it was deleted", "mid": "m1"}, "forbidden"),
+    ],
+)
+def test_an_error_names_the_room_that_it_is_about(
+    client: TestClient, event: dict[str, Any], code: str
+) -> None:
+    body = {"text": "it was deleted", "mid": "m1"}
+    id = client.post("/rooms/tea/messages", json=body, headers=bearer()).json()["id"]
+    assert client.delete(f"/rooms/tea/messages/{id}", headers=bearer()).status_code == 204
+    with chat(client) as conversation:
+        conversation.send(**event)
+        error = conversation.next()
+        assert (error["type"], error["code"], error["room"]) == ("error", code, event["room"])
+        assert error.get("mid") == event.get("mid")
 
 
 def test_text_of_the_greatest_length_fits_a_frame(serve: Callable[..., Server]) -> None:
@@ -2946,6 +3034,138 @@ def test_any_number_of_rooms_is_listed_whole_and_once(client: TestClient) -> Non
     assert len(pages) == 101
     expected = ["@user1+user2", *(f"r{n}" for n in range(20_000, 0, -1)), "lobby"]
     assert [room["room"] for page in pages for room in page] == expected
+
+
+@pytest.mark.usefixtures("many_rooms")
+@pytest.mark.parametrize("start", ["r1", "R19", "r199", "r1999", "@"])
+def test_rooms_are_found_whole_and_once_by_how_they_begin(client: TestClient, start: str) -> None:
+    headers, before, found = bearer(), 2**63 - 1, []
+    params: dict[str, Any] = {"q": start, "limit": 200}
+    while page := client.get("/rooms", params=params | {"before": before}, headers=headers).json():
+        assert len(page) <= 200
+        found += [room["room"] for room in page]
+        before = page[-1]["last_id"]
+    all_of_mine = ["@user1+user2", *(f"r{n}" for n in range(20_000, 0, -1))]
+    assert found == [room for room in all_of_mine if room.startswith(start.lower())]
+
+
+def test_rooms_are_found_whatever_the_case_and_unwritten_too(client: TestClient) -> None:
+    for room in ("team", "tee", "coffee"):
+        post(client, "hi", room=room)
+
+    def found(q: str, user: str = "user1") -> list[str]:
+        answer = client.get("/rooms", params={"q": q}, headers=bearer(user))
+        return [room["room"] for room in answer.json()]
+
+    with chat(client, "admin", "room=tea"), chat(client, "user2", "room=@user1%2Buser2"):
+        assert found("te") == found("TE") == found("\uff34\uff25") == ["tee", "team", "tea"]
+        assert found("tea") == ["team", "tea"]
+        assert found("lobb") == ["lobby"]
+        assert found("@") == ["@user1+user2"]
+        assert found("@", "admin") == found("t%") == found("t_") == found("x") == []
+
+
+def test_of_100_000_rooms_few_are_looked_at(client: TestClient, database: Path) -> None:
+    """Counted in steps of SQLite's machine, some five for a row; of others' conversations none."""
+    insert = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 100000)"
+    with closing(sqlite3.connect(database)) as db, db:
+        db.execute(f"{insert} INSERT INTO rooms SELECT '', 'r' || i, i FROM n")
+        others = "'@p' || i || '+user2', 100000 + i"
+        db.execute(f"{insert} INSERT INTO rooms SELECT 'user2', {others} FROM n")
+    steps, reader, headers = itertools.count(), app.state.storage.reader, bearer()
+    reader.set_progress_handler(lambda: next(steps) and None, 100)
+    last = 0
+    for query in ("", "before=99", "q=r", "q=r9", "q=r99", "q=r999", "q=r9&before=200", "q=x"):
+        assert client.get(f"/rooms?limit=200&{query}", headers=headers).status_code == 200
+        first, last = last, next(steps)
+        assert last - first < 400, query
+    reader.set_progress_handler(None, 0)
+
+
+def test_tea_is_one_room_however_it_is_written(client: TestClient) -> None:
+    with (
+        chat(client, query="room=TEA") as conversation,
+        client.websocket_connect("/ws/chat?room=Tea", headers=bearer("user2")) as plain,
+    ):
+        assert plain.receive_text() == "user2 joined the chat!"
+        assert conversation.next("joined")["room"] == "tea"
+        conversation.say("by JSON", "m1", room="\uff34ea")  # a wide T
+        assert conversation.next()["room"] == "tea"
+        assert plain.receive_text() == "user1: by JSON"
+        plain.send_text("by plain text")
+        assert conversation.next()["room"] == "tea"
+        id = post(client, "over HTTP", room="tEa")
+        assert conversation.next()["room"] == "tea"
+        assert texts_of(client, "teA") == ["by JSON", "by plain text", "over HTTP"]
+        assert delete(client, id, room="TEa") == 204
+        assert conversation.next() == {"type": "deleted", "room": "tea", "id": id}
+        conversation.send("history", room="TeA")
+        assert conversation.next()["room"] == "tea"
+        conversation.send("leave", room="TeA")
+        conversation.send("join", room="teA")
+        assert conversation.next()["room"] == "tea"
+    rooms = client.get("/rooms", headers=bearer()).json()
+    assert [room["room"] for room in rooms] == ["tea", "lobby"]
+
+
+def test_the_length_of_a_rooms_name_is_that_in_lower_case(client: TestClient) -> None:
+    """Where this letter becomes two."""
+    assert post(client, "hi", room="ß" * 16) == 1
+    assert client.get("/rooms", headers=bearer()).json()[0]["room"] == "s" * 32
+    too_long = "ß" * 17
+    body = {"text": "hi"}
+    answer = client.post(f"/rooms/{too_long}/messages", json=body, headers=bearer())
+    assert answer.status_code == 422
+    assert texts_of(client, too_long) == 422
+    with chat(client) as conversation:
+        conversation.say("hi", "m1", room=too_long)
+        assert conversation.next()["code"] == "unknown_room"
+        conversation.send("join", room=too_long)
+        assert conversation.next()["code"] == "unknown_room"
+    with client.websocket_connect(f"/ws/chat?room={too_long}", headers=bearer()) as plain:
+        assert plain.receive_text().startswith("Error: room: No such room")
+
+
+def test_people_are_found_by_how_their_names_begin(client: TestClient) -> None:
+    for name in ("Zoë", "zoey", "ZOE-2", "finn"):
+        register = {"type": "register", **new_person(name, folded=lobby.fold(name))}
+        client.portal.call(app.state.change, register)
+
+    def found(q: str) -> list[str]:
+        answer = client.get("/users", params={"q": q}, headers=bearer())
+        return [user["username"] for user in answer.json()]
+
+    assert found("ZO") == found("zo") == ["ZOE-2", "zoey", "Zoë"]
+    assert found("zoe\u0308") == found("ZOË") == ["Zoë"]
+    assert found("ﬁn") == found("FI") == ["finn"]
+    assert found("nobody") == found("%") == found("_") == found("inn") == []
+    assert len(found("")) == 7
+    with chat(client, query="room=tea"):
+        answer = client.get("/users?q=user", headers=bearer()).json()
+    assert answer == [
+        {"username": "user1", "role": "member", "rooms": ["tea"]},
+        {"username": "user2", "role": "member", "rooms": []},
+    ]
+
+
+def test_of_people_who_are_looked_for_the_first_50_are_shown(client: TestClient) -> None:
+    for n in range(60):
+        register = {"type": "register", **new_person(f"p{n:02}")}
+        client.portal.call(app.state.change, register)
+    users = client.get("/users?q=p", headers=bearer()).json()
+    assert [user["username"] for user in users] == [f"p{n:02}" for n in range(50)]
+
+
+def test_who_is_banned_is_shown_to_moderators_alone(client: TestClient) -> None:
+    act(client, "admin", "user2", role="moderator")
+    act(client, "admin", "user1/ban")
+    person = {"username": "user1", "role": "member", "rooms": []}
+    for who in ("user2", "admin"):
+        users = client.get("/users?q=user", headers=bearer(who)).json()
+        assert users[0] == person | {"banned": True}
+        assert users[1]["banned"] is False
+    act(client, "admin", "user1/unban")
+    assert client.get("/users?q=user1", headers=bearer()).json() == [person]
 
 
 def test_older_pages_come_over_the_socket(client: TestClient) -> None:
