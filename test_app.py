@@ -421,6 +421,60 @@ def test_further_origins_come_from_the_settings(
             assert websocket.receive_text() == "Message text was: hi"
 
 
+def statuses_for(server: Server, host: str) -> list[int]:
+    """Of a request and of a handshake with this ``Host``."""
+    handshake = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    handshake["Sec-WebSocket-Key"] = base64.b64encode(bytes(16)).decode()
+    statuses = []
+    for path, headers in (("/items/5", {}), ("/ws", handshake)):
+        with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as sent:
+            sent.request("GET", path, headers={**headers, "Host": host})
+            answer = sent.getresponse()
+            statuses.append(answer.status)
+            if (answer.status, path) == (403, "/items/5"):
+                assert "CHAT_ORIGINS" in json.load(answer)["detail"]
+    return statuses
+
+
+def test_another_sites_name_may_not_mean_this_machine(serve: Callable[..., Server]) -> None:
+    server = serve(origins="https://ok.example, http://ok.example:8080")
+    for name in ("localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "[::1]", "ok.example"):
+        for port in ("", ":8000", f":{server.port}"):
+            assert statuses_for(server, name + port) == [200, 101], name
+    for name in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "192.0.2.1"):
+        for port in ("", f":{server.port}"):
+            assert statuses_for(server, name + port) == [403, 403], name
+    for name in ("not.ok.example", "[2001:db8::1]", "0.0.0.0", "[::]"):
+        assert statuses_for(server, name) == [403, 403], name
+    assert "The host 'evil.example' is not known here" in server.log.read_text()
+
+
+@pytest.mark.parametrize("host", ["", "[", "[::1", "[evil]", ":80", "é", "a b", "\x7f", "//", "@"])
+def test_a_malformed_host_is_refused(client: TestClient, host: str) -> None:
+    """As on loopback, where it counts."""
+    at_loopback = TestClient(app, base_url="http://127.0.0.1")
+    at_loopback.portal = client.portal
+    assert at_loopback.get("/items/5").status_code == 200
+    headers = {"Host": host.encode()}
+    assert at_loopback.get("/items/5", headers=headers).status_code == 403
+    with pytest.raises(WebSocketDisconnect) as closed:
+        with at_loopback.websocket_connect("ws://127.0.0.1/ws", headers=headers):
+            pass
+    assert closed.value.code == 1000  # before it is accepted
+
+
+def test_malformed_hosts_are_no_error_of_the_server(serve: Callable[..., Server]) -> None:
+    server = serve()
+    for host in ("", "[", "[::1", "[evil]", ":80", "\xe9", "a b", "localhost:x", "//", "@", "%"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+            head = f"GET /inspect HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+            raw.sendall(head.encode("latin-1"))
+            answer = raw.makefile("rb").read()
+        assert re.match(rb"HTTP/1.1 [24]", answer), (host, answer)
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+
 @pytest.mark.parametrize(("code", "expected"), lobby.REFUSALS.items())
 def test_a_refusal_is_a_status_over_http_and_a_close_code_on_a_socket(
     code: str, expected: tuple[int, int]
@@ -2170,7 +2224,7 @@ def test_a_new_role_is_told_once_to_each_who_is_in_a_room_with_them(client: Test
         stranger.nothing_came()
         beside.send("join", room="lobby")
         users = {"user1": "moderator", "user2": "member"}
-        assert beside.next()["users"] == users
+        assert beside.next("presence")["users"] == users
 
 
 def test_a_new_role_is_told_to_somebody_in_no_room(client: TestClient) -> None:
