@@ -18,6 +18,7 @@ import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -33,7 +34,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -687,6 +688,112 @@ def test_a_body_read_twice(client: TestClient) -> None:
         assert not works[pair]
     error = next(read["error"] for read in reads if read["first"] == "stream")
     assert error == "RuntimeError: Stream consumed"
+
+
+def send_head(server: Server, path: str, length: int, *headers: str) -> socket.socket:
+    """A connection that has sent the head of a request whose body has this length; 0: unknown."""
+    raw = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    kind = f"Content-Length: {length}" if length else "Transfer-Encoding: chunked"
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", kind, *headers]
+    raw.sendall("\r\n".join([*lines, "", ""]).encode())
+    return raw
+
+
+def answer_on(raw: socket.socket) -> tuple[int, bytes]:
+    """The status of what comes until the connection ends, and all of it."""
+    with raw, raw.makefile("rb") as file:
+        answer = file.read()
+    return int(answer.split(b" ", 2)[1]), answer
+
+
+def drip(raw: socket.socket, piece: bytes, most: int) -> None:
+    """Send a piece every 0.1 s, so often at most, until something is answered."""
+    raw.settimeout(0.1)
+    for _ in range(most):
+        raw.sendall(piece)
+        with suppress(TimeoutError):
+            raw.recv(1, socket.MSG_PEEK)
+            break
+    raw.settimeout(20)
+
+
+def test_a_body_that_does_not_come_ends_with_the_connection(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(program="app.BODY_SECONDS = 1")
+    form = "Content-Type: application/x-www-form-urlencoded"
+    silent = [send_head(server, path, 1000, form) for path in ("/body/form", "/token")]
+    for path in ("/submit", "/inspect", "/body/raw", "/body/stream", "/body/json", "/login"):
+        silent.append(send_head(server, path, 1000, "Content-Type: application/json"))
+    for raw in silent:
+        raw.sendall(b"a")
+    for path in ("/submit", "/body/stream"):
+        silent.append(send_head(server, path, 0))
+        silent[-1].sendall(b"5\r\nhello\r\n")
+    for raw in silent:
+        status, answer = answer_on(raw)
+        assert status == 408
+        assert b"The body came too slowly" in answer
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("before", [0, 500_000])
+def test_a_body_that_drips_is_ended_whatever_came_before(
+    serve: Callable[..., Server], before: int
+) -> None:
+    server = serve(program="app.BODY_SECONDS = 1")
+    with send_head(server, "/body/raw", 10**6) as raw:
+        raw.sendall(b"x" * before)
+        drip(raw, b"x", most=100)
+        assert answer_on(raw)[0] == 408
+
+
+def test_a_slow_body_that_keeps_coming_is_taken(serve: Callable[..., Server]) -> None:
+    """For longer than one piece may be waited for."""
+    server = serve(program="app.BODY_SECONDS, app.BODY_RATE = 1, 2000")
+    with send_head(server, "/body/raw", 15_000, "Connection: close") as raw:
+        drip(raw, b"x" * 1000, most=15)
+        status, answer = answer_on(raw)
+    assert status == 200
+    assert b'"size":15000' in answer
+
+
+def test_large_bodies_have_one_room_together_which_small_ones_do_not_need(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(program="app.MAX_BODIES = 2**20")
+    with httpx2.Client(base_url=server.url, timeout=20) as http, ExitStack() as held:
+        large, small = b"x" * 900_000, b"x" * 60_000
+        assert http.post("/body/raw", content=large).status_code == 200
+        answer = None
+        while not answer or answer.status_code == 200:  # it was faster than what is to be held
+            held.enter_context(send_head(server, "/body/raw", 2**20)).sendall(large)
+            answer = http.post("/body/raw", content=large)
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"] == "20"
+        assert "large bodies" in answer.json()["detail"]
+        assert http.post("/body/raw", content=small).status_code == 200
+        assert http.post("/body/stream", content=large * 3).json()["size"] == 2_700_000
+        held.close()
+        while http.post("/body/raw", content=large).status_code == 503:
+            pass  # that it has left is still on its way
+        assert http.post("/body/raw", content=large).status_code == 200
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="Linux tells a process's memory")
+def test_silent_bodies_leave_the_memory_bounded(serve: Callable[..., Server]) -> None:
+    """Thirty, of which each has sent 15 of 16 MiB."""
+    server = serve()
+    piece = bytes(2**20)
+    with ExitStack() as stack:
+        for _ in range(30):
+            raw = stack.enter_context(send_head(server, "/body/raw", 2**24))
+            for _ in range(15):
+                if not select.select([raw], [], [], 0)[0]:
+                    with suppress(ConnectionError):  # it has been answered already
+                        raw.sendall(piece)
+        assert server.request("/healthz")["status"] == "ok"
+        assert memory(server.process.pid) < 150 * 2**20
 
 
 # -- 3. Talking over a socket --------------------------------------------------------------
