@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import hashlib
 import http.client
 import itertools
@@ -2287,20 +2288,18 @@ def test_who_joins_is_shown_with_the_role_of_that_moment(client: TestClient) -> 
         with chat(client, secret=secret):
             assert watcher.next() == joined("user1")
         watcher.next("left")
-        with held_up():
-            watcher.say("is being stored", "m1")  # so both that follow are one batch
-            watcher.nothing_came()
-            change = {"type": "role", "folded": "user1", "role": "moderator", "by": "admin"}
-            promotion = client.portal.start_task_soon(app.state.change, change)
-            newcomer = chat(client, quiet=False, secret=secret)
-            conversation = newcomer.__enter__()
-            assert conversation.next("presence")["users"]["user1"] == "member"
-            watcher.nothing_came()
-            assert len(app.state.manager.pending) == 2
-        assert promotion.result(20)["role"] == "moderator"
-        assert watcher.next("joined") == joined("user1", role="moderator")
-        assert conversation.next("joined") == joined("user1", role="moderator")
-        newcomer.__exit__(None, None, None)
+        with ExitStack() as stack:
+            with held_up():
+                watcher.say("is being stored", "m1")  # so both that follow are one batch
+                watcher.nothing_came()
+                change = {"type": "role", "folded": "user1", "role": "moderator", "by": "admin"}
+                promotion = client.portal.start_task_soon(app.state.change, change)
+                conversation = stack.enter_context(chat(client, quiet=False, secret=secret))
+                assert conversation.next("presence")["users"]["user1"] == "member"
+                watcher.nothing_came()
+                assert len(app.state.manager.pending) == 2
+            assert promotion.result(20)["role"] == "moderator"
+            assert watcher.next("joined") == joined("user1", role="moderator")
 
 
 def test_a_new_role_is_told_once_to_each_who_is_in_a_room_with_them(client: TestClient) -> None:
@@ -3685,6 +3684,51 @@ def test_who_leaves_during_the_handshake_is_no_error(serve: Callable[..., Server
     assert "Traceback" not in server.log.read_text()
 
 
+def test_what_comes_before_the_answer_to_a_handshake_is_no_error(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve()
+    secret = server.token()
+    for n in range(40):
+        for early in (frame(1, b"early"), frame(8), b"\xff" * 99, b"GET / HTTP/1.1\r\n\r\n"):
+            path = ("/ws", "/ws/chat", "/ws/protected")[n % 3]
+            head = (
+                f"GET {path}?token={secret} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+                "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                f"Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n"
+            )
+            with socket.create_connection(("127.0.0.1", server.port)) as raw:
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                raw.sendall(head.encode())
+                with suppress(ConnectionError):
+                    raw.sendall(early)
+                    raw.sendall(early)
+    with server.connect("/ws") as websocket:
+        websocket.send("still here")
+        assert websocket.recv(timeout=20) == "Message text was: still here"
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("path", ["/ws", "/ws/json", "/ws/chat"])
+def test_nonsense_behind_a_frame_is_no_error(serve: Callable[..., Server], path: str) -> None:
+    """It ends the connection, perhaps while the frame is being answered."""
+    server = serve()
+    secret = server.token()
+    for _ in range(30):
+        with server.raw_socket(f"{path}?token={secret}") as raw:
+            raw.settimeout(20)
+            with suppress(ConnectionError):
+                raw.sendall(frame(1, b"[1]") + b"\xff" * 99)
+                while raw.recv(2**16):
+                    pass
+    with server.connect("/ws") as websocket:
+        websocket.send("still here")
+        assert websocket.recv(timeout=20) == "Message text was: still here"
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_endless_headers_are_refused(serve: Callable[..., Server]) -> None:
     server = serve()
     for head in (b"X-A: b\r\n" * 1000, b"x" * 10_000):
@@ -3693,6 +3737,68 @@ def test_endless_headers_are_refused(serve: Callable[..., Server]) -> None:
             with pytest.raises((ConnectionResetError, BrokenPipeError)):  # the server has closed
                 for _ in range(10_000):
                     raw.sendall(head)
+
+
+def test_a_connection_without_a_whole_head_is_ended(serve: Callable[..., Server]) -> None:
+    """Whatever came before on it; and so is one that is idle."""
+    server = serve(program="app.HEAD_SECONDS = 1")
+    whole = b"GET /items/5 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    early = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\nunread"
+    half = b"GET /items/5 HTTP/1.1\r\nX-A: "
+    sent = [b"", half, whole, whole + half, whole + whole + half, early]
+    raws = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in sent]
+    for raw, data in zip(raws, sent, strict=True):
+        raw.sendall(data)
+    for raw in raws[2:]:  # what follows comes after the answer, when an idle one is waited for
+        raw.recv(1, socket.MSG_PEEK)
+        raw.sendall(b"G")
+    drip(raws[1], b"x", most=100)
+    answers = []
+    for raw in raws:
+        with raw, raw.makefile("rb") as file, suppress(ConnectionResetError):
+            answers.append(file.read().count(b"HTTP/1.1 "))
+    assert answers == [0, 0, 1, 1, 2, 1]
+    assert server.request("/healthz")["status"] == "ok"
+
+
+def test_neither_a_socket_nor_a_slow_answer_is_ended_like_a_half_head(
+    serve: Callable[..., Server],
+) -> None:
+    slow = "app.app.add_api_route('/slow', lambda: app.time.sleep(1.5))"
+    server = serve(program=f"app.HEAD_SECONDS = 1; {slow}")
+    with server.connect("/ws") as websocket:
+        assert server.request("/slow") is None
+        websocket.send("still here")
+        assert websocket.recv(timeout=20) == "Message text was: still here"
+
+
+def vanish(raw: socket.socket) -> None:
+    """Let the kernel drop whatever comes for a socket, by a filter (BPF) that lets 0 bytes pass."""
+    attach_filter, return_0 = 26, ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
+    program = struct.pack("HP", 1, ctypes.addressof(return_0))
+    raw.setsockopt(socket.SOL_SOCKET, attach_filter, program)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has these filters and limits")
+def test_a_peer_that_vanishes_is_gone(serve: Callable[..., Server]) -> None:
+    server = serve(program="app.STALL_SECONDS = 4")
+    watcher, secret = server.chat(server.token("user2")), server.token()
+    with server.raw_socket("/ws/chat", f"Authorization: Bearer {secret}") as raw:
+        vanish(raw)
+        assert watcher.next("left") == {"type": "left", "room": "lobby", "user": "user1"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has this limit")
+def test_a_client_that_reads_no_answer_is_gone(serve: Callable[..., Server]) -> None:
+    trace = "app.logging.WARNING = 5"  # so that uvicorn tells of each connection
+    server = serve(program=f"app.STALL_SECONDS = 4; {trace}")
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", server.port))
+        body = b'"' + b"x" * 900_000 + b'"'
+        head = f"POST /http-endpoint HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+        raw.sendall(f"{head}\r\n\r\n".encode() + body)
+        server.wait_for_log(r"(HTTP connection lost)")
 
 
 def test_a_message_of_endless_fragments_is_cut_off(serve: Callable[..., Server]) -> None:
