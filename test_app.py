@@ -42,7 +42,7 @@ from typing import Any
 import httpx2
 import jwt
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -1161,6 +1161,28 @@ def test_a_full_disk_keeps_nobody_from_being_kicked_or_from_leaving(
         assert closed(kicked) == (1008, "Kicked")
         assert all(isinstance(one.exception(20), lobby.Refused) for one in written)
         assert watcher.next() == {"type": "left", "room": "lobby", "user": "user1"}
+
+
+def test_an_error_of_the_database_is_logged_once_until_a_change_succeeds(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    headers, writer = bearer(), app.state.storage.writer
+
+    def statuses(count: int) -> list[int]:
+        answers = [
+            client.post("/rooms/lobby/messages", json={"text": "hi"}, headers=headers)
+            for _ in range(count)
+        ]
+        return [answer.status_code for answer in answers]
+
+    for times in (1, 2):
+        writer.execute("PRAGMA query_only = ON")
+        assert statuses(5) == [503] * 5
+        errors = [record for record in caplog.records if "database failed" in record.message]
+        assert len(errors) == times
+        assert errors[-1].exc_info
+        writer.execute("PRAGMA query_only = OFF")
+        assert statuses(1) == [201]
 
 
 def test_a_change_that_fails_alone_harms_no_other(client: TestClient) -> None:
@@ -3210,19 +3232,21 @@ def test_rooms_are_found_whole_and_once_by_how_they_begin(client: TestClient, st
 
 
 def test_rooms_are_found_whatever_the_case_and_unwritten_too(client: TestClient) -> None:
-    for room in ("team", "tee", "coffee"):
+    for room in ("@user1+user2", "team", "tee", "coffee"):
         post(client, "hi", room=room)
 
     def found(q: str, user: str = "user1") -> list[str]:
         answer = client.get("/rooms", params={"q": q}, headers=bearer(user))
         return [room["room"] for room in answer.json()]
 
-    with chat(client, "admin", "room=tea"), chat(client, "user2", "room=@user1%2Buser2"):
+    with chat(client, "admin", "room=tea"), chat(client, "user2", "room=@admin%2Buser2"):
         assert found("te") == found("TE") == found("\uff34\uff25") == ["tee", "team", "tea"]
         assert found("tea") == ["team", "tea"]
         assert found("lobb") == ["lobby"]
         assert found("@") == ["@user1+user2"]
-        assert found("@", "admin") == found("t%") == found("t_") == found("x") == []
+        assert found("@", "admin") == ["@admin+user2"]
+        assert found("@", "user2") == ["@user1+user2", "@admin+user2"]
+        assert found("t%") == found("t_") == found("x") == []
 
 
 def test_of_100_000_rooms_few_are_looked_at(client: TestClient, database: Path) -> None:
@@ -3326,6 +3350,52 @@ def test_who_is_banned_is_shown_to_moderators_alone(client: TestClient) -> None:
         assert users[1]["banned"] is False
     act(client, "admin", "user1/unban")
     assert client.get("/users?q=user1", headers=bearer()).json() == [person]
+
+
+def health_of(client: TestClient) -> int:
+    return int(client.get("/healthz").status_code)
+
+
+def test_who_watches_is_told_that_another_program_holds_the_lock(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lobby, "BUSY_SECONDS", 0.05)
+    with Entered(app) as client, closing(sqlite3.connect(database, isolation_level=None)) as db:
+        assert health_of(client) == 200
+        db.execute("BEGIN IMMEDIATE")
+        assert health_of(client) == 503
+        db.execute("ROLLBACK")
+        assert health_of(client) == 200
+
+
+@pytest.mark.parametrize("by_another", [False, True])
+def test_who_watches_is_told_that_the_file_is_gone(
+    client: TestClient, database: Path, by_another: bool
+) -> None:
+    """Deleted, or replaced by another one; what is stored now would be lost."""
+    aside = database.with_name("aside.db")
+    assert health_of(client) == 200
+    database.rename(aside)
+    if by_another:
+        shutil.copy(aside, database)
+    answer = client.get("/healthz")
+    assert answer.status_code == 503
+    assert answer.json() == {"detail": "The database's file was moved or deleted"}
+    aside.replace(database)
+    assert health_of(client) == 200
+
+
+def test_many_who_watch_at_once_cost_one_change(client: TestClient) -> None:
+    request = Request({"type": "http", "app": app})
+    with traced(app.state.storage.writer) as statements:
+        with held_up():
+            asked = [client.portal.start_task_soon(lobby.healthz, request) for _ in range(20)]
+            assert client.get("/items/5").status_code == 200
+            assert not any(one.done() for one in asked)
+        assert [one.result(20)["status"] for one in asked] == ["ok"] * 20
+        assert sum(one.startswith("UPDATE") for one in statements) == 1
+        assert health_of(client) == 200
+        assert sum(one.startswith("UPDATE") for one in statements) == 2
 
 
 def test_older_pages_come_over_the_socket(client: TestClient) -> None:
@@ -3857,6 +3927,23 @@ def test_no_secret_and_no_text_is_logged(serve: Callable[..., Server]) -> None:
     for hidden in (secret, secret[-20:], "nonsense", "password1", "private"):
         assert hidden not in log
     assert "Traceback" not in log
+
+
+def test_a_token_in_a_path_is_not_logged(serve: Callable[..., Server]) -> None:
+    server = serve()
+    secret = server.token()
+    paths = [f"/{secret}", f"/inspect/a{secret}", f"/rooms/{secret}/messages", f"/items/{secret}"]
+    with httpx2.Client(base_url=server.url, timeout=20) as http:
+        statuses = [http.get(path).status_code for path in paths]
+        assert statuses == [404, 200, 401, 422]
+    for path in (f"/ws/{secret}", f"/{secret}"):
+        with pytest.raises(InvalidStatus):
+            server.connect(path)
+    server.stop()
+    log = server.log.read_text()
+    assert '"GET /... HTTP/1.1" 404' in log
+    assert '"GET /inspect/a... HTTP/1.1" 200' in log
+    assert not [part for part in secret.split(".") if part in log]
 
 
 def test_uvicorn_alone_serves_the_chat_and_logs_no_secret(serve: Callable[..., Server]) -> None:
