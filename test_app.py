@@ -3840,8 +3840,13 @@ def test_neither_a_socket_nor_a_slow_answer_is_ended_like_a_half_head(
 ) -> None:
     slow = "app.app.add_api_route('/slow', lambda: app.time.sleep(1.5))"
     server = serve(program=f"app.HEAD_SECONDS = 1; {slow}")
-    with server.connect("/ws") as websocket:
+    head = "GET {} HTTP/1.1\r\nHost: localhost\r\nConnection: {}\r\n\r\n"
+    ahead = head.format("/items/5", "keep-alive") + head.format("/slow", "close")
+    raw = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    with raw, server.connect("/ws") as websocket:
+        raw.sendall(ahead.encode())  # the slow one is whole before the other one is answered
         assert server.request("/slow") is None
+        assert raw.makefile("rb").read().count(b"HTTP/1.1 200") == 2
         websocket.send("still here")
         assert websocket.recv(timeout=20) == "Message text was: still here"
 
