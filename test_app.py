@@ -3863,6 +3863,7 @@ def test_a_peer_that_vanishes_is_gone(serve: Callable[..., Server]) -> None:
     server = serve(program="app.STALL_SECONDS = 4")
     watcher, secret = server.chat(server.token("user2")), server.token()
     with server.raw_socket("/ws/chat", f"Authorization: Bearer {secret}") as raw:
+        assert raw.recv(100).endswith(b"user1 joined the chat!")  # nothing is on its way any more
         vanish(raw)
         assert watcher.next("left") == {"type": "left", "room": "lobby", "user": "user1"}
 
