@@ -768,7 +768,7 @@ def test_large_bodies_have_one_room_together_which_small_ones_do_not_need(
 ) -> None:
     server = serve(program="app.MAX_BODIES = 900_000")
     with httpx2.Client(base_url=server.url, timeout=20) as http, ExitStack() as held:
-        large, small = b"x" * 900_000, b"x" * 60_000
+        large = b"x" * 900_000
         assert http.post("/body/raw", content=large).status_code == 200
         answer = None
         while not answer or answer.status_code == 200:  # it was faster than what is to be held
@@ -777,7 +777,10 @@ def test_large_bodies_have_one_room_together_which_small_ones_do_not_need(
         assert answer.status_code == 503
         assert answer.headers["Retry-After"] == "20"
         assert "large bodies" in answer.json()["detail"]
-        assert http.post("/body/raw", content=small).status_code == 200
+        with send_head(server, "/body/raw", 60_000, "Connection: close") as raw:
+            assert not drip(raw, b"x" * 10_000, times=3)  # not even while it comes
+            raw.sendall(b"x" * 30_000)
+            assert answer_on(raw)[0] == 200
         assert http.post("/body/stream", content=large * 3).json()["size"] == 2_700_000
         held.close()
         while http.post("/body/raw", content=large).status_code == 503:
@@ -3758,28 +3761,42 @@ def test_who_leaves_during_the_handshake_is_no_error(serve: Callable[..., Server
     assert "Traceback" not in server.log.read_text()
 
 
-def test_what_comes_before_the_answer_to_a_handshake_is_no_error(
+SLOW_HANDSHAKE = """pass
+async def slow(websocket):
+    await app.asyncio.sleep(0.2)
+    await websocket.accept()
+    await websocket.send_text("hello")
+    await websocket.receive_text()
+app.app.router.add_websocket_route("/slow", slow)"""
+
+
+def test_what_comes_before_the_answer_to_a_handshake_ends_it_without_an_error(
     serve: Callable[..., Server],
 ) -> None:
-    server = serve()
-    secret = server.token()
-    for n in range(40):
-        for early in (frame(1, b"early"), frame(8), b"\xff" * 99, b"GET / HTTP/1.1\r\n\r\n"):
-            path = ("/ws", "/ws/chat", "/ws/protected")[n % 3]
+    """A client waits for it (RFC 6455, section 4.1)."""
+    server = serve(program=SLOW_HANDSHAKE)
+    secret, raws = server.token(), []
+    for path in ("/slow", "/ws/chat", "/ws/protected", "/ws"):
+        for early in (frame(1, b"early"), frame(8), b"\xff" * 99, b"GET / HTTP/1.1\r\n\r\n") * 5:
             head = (
                 f"GET {path}?token={secret} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
                 "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
                 f"Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n"
             )
-            with socket.create_connection(("127.0.0.1", server.port)) as raw:
-                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                raw.sendall(head.encode())
-                with suppress(ConnectionError):
-                    raw.sendall(early)
-                    raw.sendall(early)
-    with server.connect("/ws") as websocket:
-        websocket.send("still here")
-        assert websocket.recv(timeout=20) == "Message text was: still here"
+            raw = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            raw.sendall(head.encode())
+            if path == "/slow":  # or both would come as one
+                assert server.request("/healthz")["status"] == "ok"
+            with suppress(ConnectionError):
+                raw.sendall(early)
+            raws.append((path, raw))
+    for path, raw in raws:
+        with raw, suppress(ConnectionError):
+            answer = raw.recv(2**16)
+            assert path != "/slow" or not answer
+    with server.connect("/slow") as websocket:
+        assert websocket.recv(timeout=20) == "hello"
     server.stop()
     assert "Traceback" not in server.log.read_text()
 
