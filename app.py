@@ -751,8 +751,9 @@ class Settings(BaseModel):  # ``port`` is the environment's CHAT_PORT
 
 SHAPE = 4  # of the tables; a file of another shape is refused
 TABLES = """
-CREATE TABLE epoch (name TEXT NOT NULL);
-INSERT INTO epoch VALUES (lower(hex(randomblob(8))));
+-- checked: how often somebody asked whether all is well.
+CREATE TABLE epoch (name TEXT NOT NULL, checked INTEGER NOT NULL);
+INSERT INTO epoch VALUES (lower(hex(randomblob(8))), 0);
 -- folded: the name without regard to case. password: its salt and hash.
 CREATE TABLE people (name TEXT PRIMARY KEY, folded TEXT NOT NULL UNIQUE, password TEXT NOT NULL,
     role TEXT NOT NULL, banned INTEGER NOT NULL DEFAULT 0);
@@ -766,7 +767,8 @@ CREATE TABLE messages (id INTEGER PRIMARY KEY, room TEXT NOT NULL, user TEXT NOT
 CREATE INDEX messages_of_room ON messages (room, id);
 CREATE INDEX deleted_of_room ON messages (room, deleted) WHERE deleted IS NOT NULL;
 -- Who may list a room: '' is everybody; @alice+bob has a row for each of the two.
-CREATE TABLE rooms (person TEXT, room TEXT, last_id INTEGER, PRIMARY KEY (person, room));
+CREATE TABLE rooms (person TEXT, room TEXT, last_id INTEGER,
+    PRIMARY KEY (person, room)) WITHOUT ROWID;
 CREATE INDEX newest_rooms ON rooms (person, last_id, room);
 CREATE TRIGGER list_room AFTER INSERT ON messages WHEN new.room NOT LIKE '@%' BEGIN
     INSERT INTO rooms VALUES ('', new.room, new.id) ON CONFLICT DO UPDATE SET last_id = new.id;
@@ -905,17 +907,28 @@ class Storage:
             return None
         return [messages, [{"type": "deleted", "room": room, "id": id} for (id,) in deleted]]
 
-    def rooms(self, person: str, limit: int, before: int = MAX_ID, start: str = "") -> list[Any]:
-        """Names and newest ids of conversations or, for "", everybody's rooms, the newest first;
-        of those whose names begin so."""
-        where = "FROM rooms WHERE person = ?1 AND room BETWEEN ?2 AND ?3"
-        values = (person, start, start + LAST)
-        # Few are all sorted; along the newest, many are soon met. (A plus: not by this index.)
-        many = not start or self.query(f"SELECT 1 {where} LIMIT 1 OFFSET 1000", *values)
-        by_name, by_id = ("+", "") if many else ("", "+")
-        where = where.replace("room BETWEEN", f"{by_name}room BETWEEN")
-        sql = f"SELECT room, last_id {where} AND {by_id}last_id < ?4 ORDER BY {by_id}last_id DESC"
-        return self.query(f"{sql} LIMIT ?5", *values, before, limit)
+    def rooms(self, person: str, limit: int, before: int = MAX_ID) -> list[Any]:
+        """Names and newest ids of conversations or, for "", everybody's rooms, the newest first."""
+        sql = "SELECT room, last_id FROM rooms WHERE person = ? AND last_id < ?"
+        return self.query(f"{sql} ORDER BY last_id DESC LIMIT ?", person, before, limit)
+
+    async def find_rooms(self, start: str, person: str, limit: int, before: int) -> list[Any]:
+        """Like ``rooms``, whose names begin so: by name if they are few, else where they soon come."""
+        if not start:
+            return self.rooms(person, limit, before)
+        sql = "SELECT room, last_id FROM rooms WHERE person = ? AND room BETWEEN ? AND ? LIMIT 1001"
+        found = self.query(sql, person, start, start + LAST)
+        if len(found) <= 1_000:
+            found = [row for row in found if row["last_id"] < before]
+            return sorted(found, key=itemgetter("last_id"), reverse=True)[:limit]
+        found = []
+        async with self.searching:
+            while before and len(found) < limit:
+                await asyncio.sleep(0)
+                piece = self.rooms(person, 1_000, before)
+                found += [row for row in piece if row["room"].startswith(start)]
+                before = piece[-1]["last_id"] if piece else 0
+        return found[:limit]
 
     def is_written(self, room: str) -> bool:
         return bool(self.query("SELECT 1 FROM messages WHERE room = ? LIMIT 1", room))
@@ -1003,9 +1016,9 @@ class Storage:
                 run("UPDATE people SET password = :password WHERE name = :user", change)
                 run("DELETE FROM logins WHERE user = :user", change)
             case "health":  # and is the file still the one that has this name?
-                run("UPDATE epoch SET name = name")
-                is_same = os.path.samestat(self.opened, self.path.stat())
-                must(is_same, "unavailable", "The database's file was replaced")
+                run("UPDATE epoch SET checked = checked + 1")
+                is_same = self.path.exists() and os.path.samestat(self.opened, self.path.stat())
+                must(is_same, "unavailable", "The database's file was moved or deleted")
             case "deleted":
                 self._check_author(change, asking)
                 newest = "(SELECT max(id) FROM messages)"
@@ -1027,7 +1040,7 @@ class Storage:
             may = change["is_open"] or asking == "admin"
             must(may, "forbidden", "Registration is closed: only an admin may add people")
             return "member"
-        must(change["is_local"], "forbidden", "The first person, the admin, registers by loopback")
+        must(change["is_local"], "forbidden", "The first person, the admin, comes over loopback")
         return "admin"
 
     def _check_author(self, change: Event, asking: str) -> None:
@@ -1102,6 +1115,7 @@ class Bearer(NamedTuple):  # who is asking, by which log-in; times in seconds si
     sid: str
     ends: float
     auth_time: float = 0
+    stays: bool = False
 
 
 class Claims(BaseModel):  # of a token, all required (RFC 7519; sid, auth_time: OpenID Connect)
@@ -1217,7 +1231,8 @@ class Logins:
         must(is_good, "unauthorized", "Unauthorized: Token expired")
         must(not person["banned"], "forbidden", "Banned")
         must(person["stays"] is not None, "unauthorized", "Unauthorized: Logged out")
-        return Bearer(person["name"], person["role"], claims.sid, claims.exp, claims.auth_time)
+        times = (claims.exp, claims.auth_time)
+        return Bearer(person["name"], person["role"], claims.sid, *times, bool(person["stays"]))
 
 
 def load_or_create_secret(db: Path) -> bytes:
@@ -1348,7 +1363,7 @@ async def change_password(request: Request, me: Me, old: InBody, new: NewPasswor
     change = {"type": "password", "user": me.name, "old": person["password"], "by": me.name}
     stored = await logins.in_thread(hash_password, new)
     await logins.change(change | {"password": stored})
-    return await logins.start(me.name, stored, stay=bool(person["stays"]))
+    return await logins.start(me.name, stored, me.stays)
 
 
 @app.get("/me")
@@ -2054,7 +2069,8 @@ async def list_rooms(
     """The rooms that the caller may see, the most recently written first, then the unwritten;
     those before this ``last_id``, whose names begin with ``q``."""
     storage, opened = request.app.state.storage, request.app.state.manager.rooms
-    written = storage.rooms("", limit, before, q) + storage.rooms(me.name, limit, before, q)
+    find = functools.partial(storage.find_rooms, q)
+    written = await find("", limit, before) + await find(me.name, limit, before)
     found = dict(sorted(written, key=itemgetter(1), reverse=True)[:limit])
     if len(found) < limit and before:
         named = sorted(room for room in {"lobby", *opened} if room.startswith(q))
