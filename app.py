@@ -913,7 +913,7 @@ class Storage:
         return self.query(f"{sql} ORDER BY last_id DESC LIMIT ?", person, before, limit)
 
     async def find_rooms(self, start: str, person: str, limit: int, before: int) -> list[Any]:
-        """Like ``rooms``, whose names begin so: by name if they are few, else where they soon come."""
+        """Like ``rooms``, of those whose names begin so: few by their names, many along the ids."""
         if not start:
             return self.rooms(person, limit, before)
         sql = "SELECT room, last_id FROM rooms WHERE person = ? AND room BETWEEN ? AND ? LIMIT 1001"
