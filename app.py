@@ -2384,865 +2384,884 @@ async def page() -> HTMLResponse:
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Lobby</title>
-<link id="icon" rel="icon" href="data:,">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Lobby</title><link id="icon" rel="icon" href="data:,">
 <style>
-:root {
-  color-scheme: light dark;
-  --ink: light-dark(#1d2129, #e6e8ec); --dim: light-dark(#596273, #a0a8b6);
-  --paper: light-dark(#fff, #16181d); --shade: light-dark(#f4f5f8, #1c1f26);
-  --raised: light-dark(#e7eaf1, #2a2f3a); --line: light-dark(#d9dde6, #323844);
-  --accent: light-dark(#2f5bd0, #8fb0ff); --on-accent: light-dark(#fff, #10131a);
-  --wrong: light-dark(#b3261e, #ff9d94); --good: light-dark(#1c6b3c, #7fd6a0);
-}
-* { box-sizing: border-box; margin: 0; }
-[hidden] { display: none !important; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
-h1 { font-size: 1.15rem; } h2 { font-size: 1rem; }
-h3, #side h2 { font-size: .8rem; color: var(--dim); }
-input, textarea, select, button { font: inherit; color: inherit; background: var(--paper);
-  border: 1px solid var(--line); border-radius: .5rem; padding: .4rem .65rem; min-width: 0; }
-button { cursor: pointer; background: var(--raised); border-color: transparent; }
-button.main { background: var(--accent); color: var(--on-accent); }
-button.plain { background: none; padding: .1rem .3rem; color: var(--accent); }
-button:hover { filter: brightness(.95); }
+/* One idea: the thread. A request is an open ring; where 101 answers it, a curve leaves the ring
+   and becomes a line, on which every frame of that socket sits; a square ends it. */
+:root { color-scheme: light dark; --ink: light-dark(#201e1b, #ebe8e2);
+  --dim: light-dark(#5f5b53, #aaa69d); --paper: light-dark(#fff, #1b1b1d);
+  --shade: light-dark(#f7f5f1, #141416); --raised: light-dark(#ebe8e1, #2c2c30);
+  --line: light-dark(#e3dfd7, #323236); --edge: light-dark(#8d887d, #78746c);
+  --accent: light-dark(#4150c4, #a9b4ff); --on-accent: light-dark(#fff, #15183b);
+  --in: light-dark(#0a6353, #74d2bb); --warn: light-dark(#7d4e00, #e6b768);
+  --wrong: light-dark(#a8231c, #ffa198); --mono: ui-monospace, "Noto Sans Mono", Menlo, monospace;
+  --sans: system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif;
+  --float: 0 1px 2px light-dark(#0000000f, #0006), 0 8px 28px light-dark(#0000001f, #0009);
+  --column: max(20px, (100% - 46rem) / 2);  /* what is beside the messages, on each side */ }
+* { box-sizing: border-box; margin: 0; } [hidden] { display: none !important; }
+body { font: 15px/1.5 var(--sans); color: var(--ink); background: var(--paper); }
+h1, h2, h3, b { font-weight: 600; } h2 { font-size: 16px; line-height: 1.4; }
+.small, .problem { font-size: 13px; line-height: 1.4; } .dim { color: var(--dim); }
+ul, ol { list-style: none; padding: 0; } .grow { flex: 1; min-width: 0; }
+.row { display: flex; gap: 8px; align-items: center; }
+.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.problem { color: var(--wrong); overflow-wrap: anywhere; } .problem:empty { display: none; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+svg { width: 16px; height: 16px; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
+  stroke-linecap: round; stroke-linejoin: round; }
+.mark { background: var(--accent); stroke: var(--on-accent); border-radius: 23%; }
+button, input, textarea, select { font: inherit; color: inherit; min-width: 0; }
+input, textarea, select { background: var(--paper); border: 1px solid var(--edge);
+  border-radius: 8px; padding: 0 10px; height: 34px; } textarea { padding-block: 6px;
+  height: auto; }
+[type=checkbox] { accent-color: var(--accent); width: 14px; height: 14px !important; }
+button { height: 34px; padding: 0 12px; border: 1px solid transparent; border-radius: 8px;
+  background: none; cursor: pointer; white-space: nowrap; flex: none; }
+:is(button:hover, [aria-pressed=true], [aria-expanded=true], [aria-current]) {
+  background: var(--raised); }
+button.main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
+button.main:disabled { background: var(--raised); color: var(--dim); cursor: default; }
+button.quiet { border-color: var(--line); } .link, .text a { color: var(--accent); }
+button.link { height: auto; padding: 0 2px; font-size: 13px; font-weight: 600; border: 0;
+  background: none; } button.link:hover { text-decoration: underline; }
+button.wrong { background: var(--wrong); color: var(--paper); font-weight: 600; }
+.icon { width: 34px; padding: 0; display: grid; place-content: center; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 ::placeholder { color: var(--dim); opacity: 1; }
-.problem { color: var(--wrong); overflow-wrap: anywhere; }
-.problem:empty { display: none; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-.row { display: flex; gap: .5rem; align-items: center; flex-wrap: wrap; }
-.grow { flex: 1; }
+:is(dialog, #side)::backdrop { background: #15120c66; }
+mark { background: color-mix(in srgb, var(--warn) 26%, transparent); color: inherit; }
+.avatar { width: 32px; height: 32px; border-radius: 9px; display: grid; place-content: center;
+  flex: none; font-size: 13px; font-weight: 600; user-select: none;
+  background: light-dark(oklch(.92 .045 var(--hue)), oklch(.36 .06 var(--hue)));
+  color: light-dark(oklch(.42 .11 var(--hue)), oklch(.9 .06 var(--hue))); }
+.avatar.own { background: color-mix(in srgb, var(--accent) 15%, transparent);
+  color: var(--accent); }
+.badge, .chip { font-size: 12px; line-height: 18px; border-radius: 5px; padding: 0 6px;
+  background: var(--raised); color: var(--dim); }
+dialog, [popover] { color: inherit; background: var(--paper); border: 1px solid var(--line);
+  border-radius: 12px; padding: 20px; box-shadow: var(--float); overflow-wrap: anywhere; }
+dialog { width: min(368px, 100% - 32px); margin: auto; }
+dialog form, #access form { display: grid; gap: 16px; }
+:is(dialog, #access) label:not(.row) { display: grid; gap: 6px; font: 600 13px/1.4 var(--sans); }
 
-#access { min-height: 100dvh; display: grid; place-content: center; padding: 1rem;
-  grid-template-columns: min(22rem, 100%); gap: 1rem; background: var(--shade); }
-#access form, #access details { display: grid; gap: .75rem; }
-#access label { display: grid; gap: .2rem; font-weight: 600; }
-#access details label { margin-block: .5rem; }
+/* The log-in */
+#access { min-height: 100dvh; display: grid; place-content: center; padding: 24px;
+  background: var(--shade); grid-template-columns: min(880px, 100%); }
+#panel { display: grid; grid-template-columns: 384fr 496fr; border-radius: 16px; overflow: hidden;
+  background: var(--paper); box-shadow: var(--float); } #panel > * { padding: 40px; min-width: 0; }
+#panel h1 { font-size: 36px; line-height: 1.2; display: flex; gap: 14px; align-items: center; }
+#panel .mark { width: 48px; height: 48px; } #panel form button { flex: 1; }
+#panel .lead { font-size: 17px; margin-block: 20px 24px; } #demo h2 { margin: 24px 0 8px; }
+#access input { height: 38px; font-size: 16px; } #demo button { border-radius: 17px; }
+#byToken { margin-top: 20px; } #byToken summary { cursor: pointer; width: fit-content; }
+#preview { background: var(--shade); border-inline-start: 1px solid var(--line); display: grid;
+  align-content: center; gap: 2px; padding: 32px 24px 32px 18px !important; }
+#preview > :not(ol) { padding-inline-start: 14px; } #sample { margin-top: 24px; }
 
-#app { height: 100dvh; display: flex; position: relative; overflow: hidden; }
-#side { width: 15rem; flex: none; display: flex; flex-direction: column; gap: .4rem;
-  padding: .75rem; background: var(--shade); border-inline-end: 1px solid var(--line);
-  overflow-y: auto; }
-#side h2 { margin-top: .75rem; }
-#side ul { list-style: none; padding: 0; }
-#side li button { display: flex; gap: .5rem; align-items: center; width: 100%; background: none;
-  text-align: start; padding: .25rem .5rem; }
-#side li button > :first-child, .name { overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
-#side li button:hover, #side [aria-current] { background: var(--raised) !important; }
-#rooms button::before { content: "#"; color: var(--dim); }
-#side small { color: var(--dim); margin-inline-start: auto; }
-#side .unread { background: var(--accent); color: var(--on-accent); border-radius: 1rem;
-  padding: 0 .45rem; }
-#me { margin-top: auto; padding-top: .75rem; }
+/* The chat: side bar, header, messages, composer */
+#app { height: 100dvh; display: grid; grid-template: 100dvh / 248px minmax(0, 1fr);
+  overflow: hidden; }
+#app.wired { grid-template-columns: 248px minmax(0, 1fr) clamp(352px, 34%, 480px); }
+#side { position: static; inset: auto; width: auto; height: auto; margin: 0; padding: 0 8px 8px;
+  display: flex; flex-direction: column; background: var(--shade); border: 0; border-radius: 0;
+  border-inline-end: 1px solid var(--line); box-shadow: none; }
+#side h1 { font-size: 17px; height: 52px; padding: 0 8px; } #side .mark { width: 22px;
+  height: 22px; }
+#side h2 { padding: 8px 8px 4px; } #side section + section { margin-top: 12px; }
+#side section:has(ul:empty):not(:has(.more)) { display: none; }
+#lists { flex: 1; overflow-y: auto; min-height: 0; }
+#side :is(li button, .more) { display: flex; gap: 8px; align-items: center; width: 100%;
+  height: 30px; padding: 0 8px; border: 0; color: var(--dim); text-align: start; }
+#side li :is(.unread, [aria-current]) { color: var(--ink); font-weight: 600; }
+.sign { width: 16px; text-align: center; flex: none; }
+.sign.dot::before, #status::before { content: ""; display: inline-block; width: 8px; height: 8px;
+  border-radius: 50%; border: 1.5px solid var(--edge); }
+:is(.sign.on, #status[data-state=connected])::before { background: var(--in);
+  border-color: var(--in); }
+.count { background: var(--accent); color: var(--on-accent); font-size: 12px; font-weight: 600;
+  line-height: 20px; min-width: 20px; padding: 0 6px; border-radius: 10px; text-align: center; }
+#me { border-top: 1px solid var(--line); padding-top: 8px; line-height: 1.3; }
+#room { display: flex; flex-direction: column; min-width: 0; min-height: 0; position: relative; }
+#top { flex: none; height: 52px; padding-inline: var(--column);
+  border-bottom: 1px solid var(--line); }
+#top h2 { flex: none; max-width: 60%; } #query { width: min(220px, 40vw); }
+#status, #wireButton { display: flex; gap: 8px; align-items: center; flex: none; }
+#chatLog, #frames { flex: 1; min-height: 0; overflow: hidden auto; display: flex;
+  flex-direction: column-reverse; overflow-wrap: anywhere; }
+#messages { padding-block: 20px 8px; } .day, .new, .notice, .empty { overflow-anchor: none; }
+.day, .new { display: flex; align-items: center; gap: 12px; margin: 16px var(--column) 6px;
+  font-size: 13px; color: var(--dim); } .new { color: var(--accent); font-weight: 600; }
+.day::before, .day::after, .new::before { content: ""; flex: 1; border-top: 1px solid var(--line); }
+.new::before { border-color: currentColor; } .notice.wrong { color: var(--wrong); }
+.notice { margin-inline: var(--column); padding: 4px 0 4px 44px; font-size: 13px; line-height: 1.4;
+  color: var(--dim); white-space: pre-wrap; }
+.message { display: grid; grid-template-columns: 32px minmax(0, 1fr); column-gap: 12px;
+  position: relative; margin: 8px calc(var(--column) - 20px) 0; padding: 3px 20px 4px;
+  border-radius: 8px; outline-offset: -2px; }
+.message.grouped { margin-top: 0; padding-top: 1px; }
+.message:is(:hover, :focus-within) { background: color-mix(in srgb, var(--ink) 4%, transparent); }
+.message.mention { background: color-mix(in srgb, var(--accent) 7%, transparent);
+  box-shadow: inset 2px 0 var(--accent); border-start-start-radius: 0; border-end-start-radius: 0; }
+.message.found { background: color-mix(in srgb, var(--warn) 14%, transparent); }
+.message > .avatar { grid-row: 1 / 4; margin-top: 3px; } .message > * { grid-column: 2; }
+.message > .avatar { grid-column: 1; } .who { display: flex; gap: 8px; align-items: baseline; }
+.who button:first-child { height: auto; padding: 0; border: 0; font-weight: 600; background: none; }
+.who button:hover { text-decoration: underline; }
+time { font-size: 13px; color: var(--dim); white-space: nowrap; }
+.grouped :is(.avatar, .who) { display: none; }
+.text { white-space: pre-wrap; width: fit-content; max-width: 100%; }
+.text b { color: var(--accent); }
+.text :is(code, pre) { font: 13px/1.5 var(--mono); background: var(--shade); padding: 1px 4px;
+  border: 1px solid var(--line); border-radius: 5px; }
+.text pre { padding: 8px 12px; margin-block: 4px; overflow-x: auto; white-space: pre; }
+.gone .text { font-style: italic; } :is(.gone, .waiting) .text { color: var(--dim); }
+.state { font-size: 13px; line-height: 1.4; color: var(--dim); display: flex; gap: 8px;
+  flex-wrap: wrap; user-select: none; } .failed .state { color: var(--wrong); }
+.state::before { content: ""; position: absolute; inset-inline-start: 31px; width: 10px;
+  height: 10px; margin-top: 4px; border: 2px solid var(--edge); border-radius: 50%; }
+.failed .state::before { background: var(--wrong); border-color: var(--wrong); border-radius: 2px; }
+.tools { position: absolute; inset-inline-end: 20px; top: 4px; display: flex; z-index: 1;
+  background: var(--paper); border: 1px solid var(--line); border-radius: 8px; user-select: none; }
+.message:not(:hover, :focus-within) .tools { display: none; }
+.tools .delete { color: var(--wrong); }
+.tools :is(button, time) { height: 28px; font-size: 13px; padding: 0 10px; line-height: 28px;
+  border: 0; }
+.empty { display: grid; justify-items: center; gap: 10px; padding: 24px; text-align: center; }
+#messages:has(.empty) { margin-block: auto; } #messages:has(.found-head) { margin-bottom: auto; }
+.empty .mark { width: 32px; height: 32px; }
+#newest { position: absolute; bottom: 90px; left: 50%; translate: -50%; border-radius: 17px; }
+#strip { margin: 4px var(--column); padding: 6px 12px; border-radius: 8px; font-size: 13px;
+  color: var(--warn); background: color-mix(in srgb, var(--warn) 9%, transparent); }
+#composer { margin-inline: var(--column); padding: 4px; display: flex; align-items: end;
+  border: 1px solid var(--edge); border-radius: 12px; }
+#composer:focus-within { outline: 2px solid var(--accent); outline-offset: -1px; }
+#messageText { flex: 1; border: 0; resize: none; field-sizing: content; background: none;
+  outline: 0; max-height: 30dvh; min-height: 34px; }
+#foot { margin: 4px var(--column) 6px; padding-inline: 8px; display: flex; gap: 12px;
+  font-size: 12px; line-height: 18px; min-height: 18px; color: var(--dim); }
 
-#room { flex: 1; min-width: 0; display: flex; flex-direction: column; position: relative; }
-#top { flex: none; height: 3.5rem; display: flex; gap: .5rem; align-items: center;
-  padding: .5rem .9rem; border-bottom: 1px solid var(--line); }
-#top button { flex: none; white-space: nowrap; }
-#status { color: var(--dim); font-size: .85rem; }
-#status::before { content: "●"; margin-inline-end: .35rem; color: var(--wrong); }
-#status[data-state="connected"]::before { color: var(--good); }
-#chatLog { flex: 1; min-height: 0; overflow-y: auto; overflow-anchor: none; padding: .5rem 0; }
-.message { display: grid; grid-template-columns: 2.5rem 1fr auto; column-gap: .7rem;
-  padding: .45rem .9rem 0; align-items: start; }
-.message.grouped { padding-top: .05rem; }
-.message:hover { background: var(--shade); }
-.avatar { grid-row: span 2; width: 2.25rem; height: 2.25rem; border-radius: .7rem; display: grid;
-  place-content: center; color: #fff; font-weight: 600; background: oklch(.5 .11 var(--hue)); }
-.mine .avatar { border-radius: 50%; }
-.who { grid-column: 2; display: flex; gap: .5rem; align-items: baseline; min-width: 0; }
-.who button { font-weight: 600; padding: 0; color: var(--ink); }
-.mine .who button { color: var(--accent); }
-.text { grid-column: 2; white-space: pre-wrap; overflow-wrap: anywhere; }
-.text a { color: var(--accent); }
-time, .state, .notice, #typing { color: var(--dim); font-size: .8rem; }
-time { flex: none; white-space: nowrap; }
-.tools { grid-column: 3; grid-row: 1; opacity: 0; font-size: .8rem; }
-.message:hover .tools, .tools:focus-within { opacity: 1; }
-.notice { padding: .2rem .9rem .2rem 4.1rem; overflow-wrap: anywhere; white-space: pre-wrap; }
-#messages:empty + :empty::after { content: "Nothing has been written here yet."; display: block;
-  padding: 2rem; text-align: center; color: var(--dim); }
-.day { display: flex; align-items: center; gap: .75rem; margin: .75rem .9rem .25rem;
-  font-size: .8rem; color: var(--dim); }
-.day::before, .day::after { content: ""; flex: 1; border-top: 1px solid var(--line); }
-.state { grid-column: 2; } .failed .state { color: var(--wrong); }
-#messages .state { display: none; } #messages > :last-child .state { display: block; }
-#newest { position: absolute; bottom: 5.5rem; left: 50%; translate: -50%; white-space: nowrap;
-  border-radius: 2rem; box-shadow: 0 2px 12px #0004; z-index: 1; }
-#typing { flex: none; padding: 0 .9rem; height: 1.4rem; }
-#composer { display: flex; gap: .5rem; align-items: end; padding: 0 .9rem .9rem; }
-#messageText { flex: 1; resize: none; field-sizing: content; min-height: 2.4rem;
-  max-height: 30dvh; }
+/* What floats */
+.menu { width: 272px; padding: 6px; margin: 0; inset: auto; } #myMenu { inset: auto auto 60px 8px; }
+.menu :is(button:not(.ask *)) { display: flex; justify-content: space-between; gap: 8px;
+  align-items: center; width: 100%; text-align: start; }
+  .menu > :is(div, p, label) { padding: 6px 12px; }
+.menu hr { border: 0; border-top: 1px solid var(--line); margin: 4px 6px; }
+.menu input { width: 100%; margin-block: 6px; } .menu ul { max-height: 300px; overflow-y: auto; }
+.menu li { display: flex; align-items: center; gap: 8px; padding-inline-end: 12px; }
+.ask { background: color-mix(in srgb, var(--wrong) 9%, transparent); border-radius: 8px; }
 
-#wire { width: min(32rem, 44vw); flex: none; min-height: 0; display: flex; flex-direction: column;
+/* The wire */
+#wire { display: flex; flex-direction: column; min-width: 0; min-height: 0;
   background: var(--shade); border-inline-start: 1px solid var(--line); }
-#wire > * { padding: .5rem .75rem; }
-#wire > details { border-bottom: 1px solid var(--line); max-height: 60dvh; overflow-y: auto;
-  flex: none; }
-#wire form { display: grid; gap: .4rem; padding-top: .5rem; }
-#wire textarea, pre, #frames { font: 12px/1.5 ui-monospace, monospace; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .5rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow: auto;
-  background: var(--paper); padding: .5rem; border-radius: .4rem; }
-#frames { list-style: none; flex: 1; overflow-y: auto; min-height: 6rem; }
-#frames summary { display: flex; gap: .5rem; cursor: pointer; padding: .1rem 0; }
-#frames b { color: var(--accent); } #frames .in b { color: var(--good); }
-dialog { color: inherit; background: var(--paper); border: 1px solid var(--line);
-  border-radius: .8rem; padding: 1.25rem; margin: auto; width: min(24rem, calc(100% - 2rem)); }
-dialog form { display: grid; gap: .9rem; } dialog h2 { overflow-wrap: anywhere; }
-dialog::backdrop { background: #0006; }
-#menu { display: none; }
+#wire > header { height: 52px; flex: none; padding: 0 8px 0 16px; }
+#try { padding: 0 16px 10px; } #try > summary { display: none; } #try form { display: grid;
+  gap: 8px; }
+#try :is(input, select, textarea), .card, .entry { font: 12px/1.5 var(--mono); }
+#more { display: grid; gap: 8px; } #try textarea { width: 100%; } summary { cursor: pointer; }
+#wireTools { display: flex; gap: 4px; padding: 6px 16px; border-block: 1px solid var(--line); }
+#wireTools > * { height: 28px; font-size: 13px; padding-inline: 8px; }
+#list { margin-bottom: auto; padding-block: 8px; }
+.entry { position: relative; --lane: 29px; padding-inline: 46px 12px; }
+.wide > .entry { padding-inline-start: 60px; } .entry.second { --lane: 45px; }
+.entry summary { display: block; padding-block: 4px; min-height: 46px; }
+.bare .entry summary { min-height: 28px; } .bare .sentence { display: none; }
+.head { display: flex; gap: 6px; align-items: center; height: 20px; }
+.entry summary:hover b { text-decoration: underline; } .head > * { flex: none; }
+.head > .preview { flex: 0 1 auto; } .head > b { max-width: calc(100% - 170px); }
+.preview, .number, .turn { color: var(--dim); }
+.number { min-width: 52px; text-align: end; } .ms { margin-inline-start: auto; }
+.turn { display: none; } .turn::before { content: "›"; } [open] > summary .turn { rotate: 90deg; }
+.sentence { font: 13px/1.4 var(--sans); color: var(--dim); overflow-wrap: anywhere; }
+.chip { --tint: var(--dim); color: var(--tint); font-weight: 600;
+  background: color-mix(in srgb, var(--tint) 11%, transparent); } .chip.good { --tint: var(--in); }
+.chip.warn { --tint: var(--warn); } .chip.bad { --tint: var(--wrong); }
+.chip.switch { background: var(--ink); color: var(--paper); }
+.node, .pass, .curve { position: absolute; }
+.pass { width: 2px; background: var(--edge); inset-block: 0; left: 28px; }
+.pass.second { left: 44px; } .pass.own { left: calc(var(--lane) - 1px); }
+.pass.last { bottom: auto; height: 14px; }
+.curve { left: 19px; top: 13px; width: calc(var(--lane) - 18px); bottom: 0;
+  border: 2px solid var(--edge); border-width: 2px 2px 0 0; border-start-end-radius: 8px; }
+.ring { width: 10px; height: 10px; left: 9px; top: 9px; border: 2px solid var(--edge);
+  border-radius: 50%; background: var(--shade); }
+.frame { width: 16px; height: 16px; left: calc(var(--lane) - 8px); top: 6px; border-radius: 50%;
+  background: var(--accent); color: var(--shade); display: grid; place-content: center; }
+.frame svg { width: 12px; height: 12px; stroke-width: 2.5; } .in .frame { background: var(--in); }
+.frame.square { border-radius: 3px; } .in .frame.bad { background: var(--wrong); }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
+  margin-block: 4px 8px; } .card > * { padding: 8px 12px; }
+.card > * + * { border-top: 1px solid var(--line); } .card i { color: var(--in); }
+.card :is(i, em) { font-style: normal; } .card em { color: var(--accent); }
+.card h3 { font: 600 13px/1.4 var(--sans); display: flex; justify-content: space-between;
+  gap: 12px; }
+.card h3 span { font-weight: 400; color: var(--dim); } .card dt { color: var(--dim); }
+.card dl { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 0 12px; }
+.card :is(dd, pre, h3) { overflow-wrap: anywhere; margin: 0; }
+.card pre { font: inherit; white-space: pre-wrap; max-height: 340px; overflow-y: auto; }
+
+#side:popover-open { position: fixed; inset: 0 auto 0 0; width: min(304px, 84%); height: 100dvh; }
+#menu { display: none; position: relative; } #closeWire { margin-inline-start: auto; }
+#menu .count { position: absolute; top: -2px; left: 18px; line-height: 16px; padding: 0 4px; }
 @media (max-width: 1100px) {
-  #wire { position: absolute; inset: 0 0 0 auto; width: min(30rem, 100%); z-index: 3;
-    box-shadow: 0 0 30px #0005; }
+  #app.wired { grid-template-columns: 1fr 1fr; } .wired #menu { display: grid; }
+  .wired #side:not(:popover-open), .wired #who, .wired #wireButton span { display: none; }
+  .wired #top:has(#searching:not([hidden])) :is(h2, #status, #leave) { display: none; }
+  .wired #state { position: absolute; clip-path: inset(50%); }
 }
+@media (max-width: 960px) { #panel { grid-template-columns: minmax(0, 1fr); } #access {
+  grid-template-columns: min(496px, 100%); }
+  #preview { border: 0; border-top: 1px solid var(--line); } }
 @media (max-width: 700px) {
-  #menu { display: block; }
-  #status { flex: none; max-width: 10rem; }
-  #side { position: absolute; inset: 3.5rem auto 0 0; width: min(17rem, 85%); z-index: 2;
-    box-shadow: 0 0 30px #0005; }
-  #side:not(.open) { display: none; }
+  #access { padding: 0; place-content: start stretch; grid-template-columns: 100%; }
+  #panel { border-radius: 0; box-shadow: none; } #panel > * { padding: 32px 20px; }
+  #app, #app.wired { grid-template-columns: minmax(0, 1fr); } #app #menu { display: grid; }
+  #side:not(:popover-open), #who, #hint:not(.problem), #wire > header p { display: none; }
+  #room { --column: 20px; } #state, #wireButton span { position: absolute; clip-path: inset(50%); }
+  #top:has(#searching:not([hidden])) :is(h2, #status, #leave) { display: none; }
+  #wire { position: fixed; inset: 0; z-index: 2; border: 0; }
+  #try > summary { display: block; font-weight: 600; }
 }
-@media (prefers-reduced-motion: no-preference) { button, .tools { transition: .15s; } }
+@media (max-width: 700px), (pointer: coarse) {
+  button:not(.link, .who *), select, input, summary.link { min-height: 40px !important; }
+  input, textarea, select { font-size: 16px !important; } .icon { min-width: 40px; }
+  .turn { display: block; } .entry summary { min-height: 46px !important; }
+  button.link, summary.link { padding-block: 10px; } [type=checkbox] { min-height: 0 !important; }
+}
+@media (prefers-reduced-motion: no-preference) { button { transition: background .12s; }
+  @keyframes rise { from { translate: 0 6px; opacity: 0; } }
+  .entry { animation: rise .35s backwards; } }
 </style>
 </head>
 <body>
-<main id="access">
-  <h1>Lobby</h1>
+<svg hidden>
+  <symbol id="i-mark" viewBox="0 0 24 24"><circle cx="7.3" cy="7.3" r="2.2"/><path
+    d="M9.5 7.3h3.7a2.5 2.5 0 0 1 2.5 2.5v7.7"/><path d="M15.7 12.2h0M15.7 17.5h0"
+      stroke-width="4.4"/>
+  </symbol>
+  <symbol id="i-search" viewBox="0 0 16 16"><path
+    d="M11.2 7a4.2 4.2 0 1 1-.1-.7m-.9 3.9 4 4"/></symbol>
+  <symbol id="i-wire" viewBox="0 0 16 16"><path d="M2 5h12l-3-3M14 11H2l3 3"/></symbol>
+  <symbol id="i-menu" viewBox="0 0 16 16"><path d="M2 4h12M2 8h12M2 12h12"/></symbol>
+  <symbol id="i-close" viewBox="0 0 16 16"><path d="m3 3 10 10M13 3 3 13"/></symbol>
+  <symbol id="i-more" viewBox="0 0 16 16"><path d="M3 8h0M8 8h0M13 8h0"/></symbol>
+  <symbol id="i-plus" viewBox="0 0 16 16"><path d="M8 2v12M2 8h12"/></symbol>
+  <symbol id="i-out" viewBox="0 0 16 16"><path d="M3 8h10M9 4l4 4-4 4"/></symbol>
+  <symbol id="i-in" viewBox="0 0 16 16"><path d="M13 8H3M7 4 3 8l4 4"/></symbol>
+</svg>
+<div id="access" role="main"><div id="panel"><div>
+  <h1><svg class="mark"><use href="#i-mark"/></svg>Lobby</h1>
+  <p class="lead">A team chat that loses nothing, and shows every request and frame it is made
+    of.</p>
   <form id="credentials" novalidate>
     <label>Name <input id="username" name="username" autocomplete="username" autocapitalize="none"
-      aria-describedby="usernameProblem"></label>
-    <p id="usernameProblem" class="problem" role="alert"></p>
+      spellcheck="false" aria-describedby="usernameProblem">
+      <span id="usernameProblem" class="problem" role="alert"></span></label>
     <label>Password <input id="password" name="password" type="password"
-      autocomplete="current-password" aria-describedby="passwordProblem"></label>
-    <p id="passwordProblem" class="problem" role="alert"></p>
-    <p class="row"><button class="main grow" value="login">Log in</button>
-      <button class="grow" value="register">Register</button></p>
+      autocomplete="current-password" aria-describedby="passwordProblem">
+      <span id="passwordProblem" class="problem" role="alert"></span></label>
+    <label class="row small"><input id="stay" type="checkbox"> Stay logged in</label>
+    <p class="row"><button class="main" value="login">Log in</button>
+      <button class="quiet" value="register">Register</button></p>
   </form>
-  <details><summary>Use a token</summary>
-    <form id="pasted"><label>Token <input id="token" name="token" autocomplete="off"
-      spellcheck="false"></label><button>Connect with the token</button></form>
-  </details>
   <p id="problem" class="problem" role="alert"></p>
-</main>
+  <div id="demo" hidden><h2 class="small dim">Try it as</h2><p class="row"></p></div>
+  <details id="byToken" class="small"><summary class="dim">Use a token</summary>
+    <form id="pasted"><label>Token <input id="token" name="token" autocomplete="off"
+      spellcheck="false"></label><button class="quiet">Connect with the
+        token</button></form></details>
+</div><section id="preview" aria-label="What goes over the wire">
+  <h2>Log in, and this goes over the wire</h2>
+  <p class="small dim">Each line can be opened: headers, bytes, JSON.</p><ol id="sample"></ol>
+</section></div></div>
 
 <div id="app" hidden>
-  <nav id="side" aria-label="Rooms and people">
-    <h1>Lobby</h1>
-    <h2>Rooms</h2><ul id="rooms"></ul>
-    <form id="joinRoom" class="row">
-      <input id="roomToJoin" class="grow" aria-label="Room to join" list="known"
-        placeholder="Join a room" maxlength="32" size="1">
-      <datalist id="known"></datalist><button>Join</button></form>
-    <h2>Private</h2><ul id="private"></ul>
-    <h2>People online</h2><ul id="people"></ul>
-    <p id="me" class="row"><strong class="name grow" id="myName"></strong>
-      <button id="logOut" type="button">Log out</button></p>
+  <nav id="side" popover aria-label="Rooms and people">
+    <h1 class="row"><svg class="mark"><use href="#i-mark"/></svg>Lobby</h1>
+    <div id="lists"><section><h2 class="small dim">Rooms</h2><ul id="rooms"></ul><button
+      id="moreRooms" class="more"
+      type="button"><svg><use href="#i-plus"/></svg>More rooms</button></section>
+      <section><h2 class="small dim">Private</h2><ul id="private"></ul></section>
+      <section><h2 class="small dim">Also online</h2><ul id="people"></ul><button id="morePeople"
+        class="more"
+        type="button"><svg><use href="#i-plus"/></svg>More people</button></section></div>
+    <div id="me" class="row"><span id="myAvatar"></span><p class="grow"><b id="myName"></b><br>
+      <span id="myRole" class="small dim"></span></p><button id="meButton" class="icon"
+        type="button"
+      aria-label="Your menu" popovertarget="myMenu"><svg><use href="#i-more"/></svg>
+      </button></div>
   </nav>
-
   <main id="room">
-    <div id="top">
-      <button id="menu" type="button" aria-controls="side" aria-expanded="false">Rooms</button>
-      <h2 id="roomName" class="name"></h2>
-      <button id="leave" class="plain" type="button">Leave</button>
-      <span class="grow"></span>
-      <span id="status" class="name" role="status"><span id="state"></span><span id="more"
-        aria-hidden="true"></span></span>
-      <button id="wireButton" type="button" aria-controls="wire"
-        aria-expanded="false">The wire</button>
-    </div>
-    <div id="chatLog" role="log" aria-label="Messages" tabindex="0">
-      <div id="messages"></div><div id="pending"></div>
-    </div>
+    <header id="top" class="row"><button id="menu" class="icon" type="button"
+      popovertarget="side"><svg><use
+        href="#i-menu"/></svg><span id="menuCount" class="count" hidden></span></button>
+      <h2 id="roomName" class="cut"></h2><p id="who" class="small dim cut"></p>
+      <button id="leave" class="link" type="button">Leave</button><span class="grow"></span>
+      <p id="status" class="small dim"><span id="state" role="status"></span></p>
+      <form id="searching" role="search" hidden><input id="query" aria-label="Search in this room"
+        placeholder="Search in this room"></form>
+      <button id="search" class="icon" type="button" aria-label="Search"
+        aria-expanded="false"><svg><use
+        href="#i-search"/></svg></button>
+      <button id="wireButton" class="quiet" type="button" aria-label="Wire" aria-expanded="false"
+        aria-controls="wire">
+        <svg><use href="#i-wire"/></svg><span>Wire</span></button></header>
+    <div id="chatLog" role="log" aria-label="Messages" tabindex="0"><div id="messages"></div></div>
     <button id="newest" class="main" type="button" hidden></button>
-    <p id="typing" class="name"></p>
-    <form id="composer">
-      <label class="unseen" for="messageText">Message</label>
-      <textarea id="messageText" rows="1" maxlength="4000" dir="auto"
-        placeholder="Message, or /help"></textarea>
-      <button class="main">Send</button>
-    </form>
+    <p id="strip" class="row" hidden><span class="grow"><span id="stripText" role="status"></span>
+      <span id="seconds" aria-hidden="true"></span></span><button id="now" class="link"
+        type="button">
+      </button></p>
+    <form id="composer"><textarea id="messageText" rows="1" aria-label="Message"
+      aria-describedby="hint"></textarea><button id="send" class="main"
+        disabled>Send</button></form>
+    <div id="foot"><p id="typing" class="cut grow"></p><p id="hint" role="status"></p></div>
   </main>
-
   <aside id="wire" aria-label="The wire" hidden>
-    <div class="row"><h2>The wire</h2>
-      <input id="filter" class="grow" placeholder="Filter" aria-label="Filter" size="1">
-      <button id="pause" type="button" aria-pressed="false">Pause</button>
-      <button id="clear" type="button">Clear</button>
-      <button id="closeWire" type="button">Close</button></div>
-    <details><summary>Send a request to /inspect</summary>
-      <form id="request">
-        <div class="row">
-          <select name="method" aria-label="Method"><option>GET<option>POST<option>PUT
-            <option>PATCH<option>DELETE<option>OPTIONS</select>
-          /inspect/<input name="path" class="grow" aria-label="Path" size="1">
-          ?<input name="query" class="grow" aria-label="Query" value="a=1&amp;a=2" size="1"></div>
-        <textarea name="headers" rows="1"
-          aria-label="Headers, one a line">X-Example: hello</textarea>
-        <div class="row">
-          <select name="kind" aria-label="Body"><option>no body<option>JSON<option>form
-            <option>file</select>
-          <input name="file" type="file" class="grow" aria-label="File" hidden></div>
-        <textarea name="body" rows="3" aria-label="Body's content" hidden></textarea>
-        <button class="main">Send</button>
-        <div class="pair" hidden><div><h3>What was sent</h3><pre id="sent" tabindex="0"></pre></div>
-          <div><h3>What the server saw</h3><pre id="seen" tabindex="0"></pre></div></div>
-      </form></details>
-    <details><summary>Talk to a socket</summary>
-      <form id="socketForm">
-        <div class="row">
-          <select name="path" class="grow" aria-label="Socket"><option>/ws<option>/ws/json
-            <option>/ws/inspect</select>
-          <button id="openSocket" type="button">Open</button></div>
-        <div class="row">
-          <input name="text" class="grow" aria-label="Text to send" value='{"a": 1}' size="1">
-          <button>Send</button></div>
-        <pre id="answer" tabindex="0" aria-label="The last frame">not open</pre>
-      </form></details>
-    <ol id="frames" tabindex="0" aria-label="Requests and frames, the newest first"></ol>
+    <header class="row"><h2>The wire</h2><p class="small dim cut">all that this tab sends and
+      hears</p><button id="closeWire" class="icon" type="button"
+        aria-label="Close the wire"><svg><use
+      href="#i-close"/></svg></button></header>
+    <details id="try" open><summary class="link">Send a request, or open a socket</summary>
+      <form id="form"><div class="row"><select id="method"
+        aria-label="Method"><option>GET<option>POST
+          <option>PUT<option>PATCH<option>DELETE<option>OPTIONS<option>HEAD<option>WS</select>
+        <input id="path" class="grow" aria-label="Path" list="paths" spellcheck="false" size="1"
+          value="/inspect/hello?a=1&amp;a=2"><datalist id="paths"></datalist>
+        <button id="go" class="main">Send</button></div>
+      <div id="socketRow" class="row" hidden><input id="frameText" class="grow" size="1"
+        value='{"a": 1}'
+        aria-label="Text to send"><button id="sendFrame" class="main" disabled>Send
+          text</button></div>
+      <div class="row small"><p id="chapter" class="grow dim cut"></p><button id="fold" class="link"
+        type="button" aria-expanded="false" aria-controls="more">Headers and body</button></div>
+      <div id="more" hidden>
+        <label class="row small"><input id="withToken" type="checkbox"> With my token</label>
+        <textarea id="headers" rows="1" aria-label="Headers, one a line">X-Example: hello</textarea>
+        <div class="row"><select id="kind" aria-label="Body"><option>no body<option>JSON<option>form
+          <option>file</select><input id="file" type="file" aria-label="File" hidden></div>
+        <textarea id="body" rows="3" aria-label="Body's content" hidden></textarea></div>
+      <p id="formProblem" class="problem" role="alert"></p></form></details>
+    <div id="wireTools"><input id="filter" class="grow" aria-label="Filter" size="1"
+      placeholder="Filter: 401, typing, /rooms"><button id="explain" type="button"
+      aria-pressed="true">Explain</button><button id="pause" type="button"
+        aria-pressed="false">Pause
+      </button><button id="clear" type="button">Clear</button></div>
+    <div id="frames" tabindex="0" role="region" aria-label="Requests and frames"><ol
+      id="list"></ol></div>
   </aside>
 </div>
-
-<dialog id="person" aria-labelledby="personName"><form method="dialog">
-  <h2 id="personName"></h2><p id="personRole"></p>
-  <p class="row"><button class="main" value="message">Message</button>
-    <span id="moderation" class="row"><button value="kick">Kick</button>
-      <button value="ban">Ban</button><button value="unban">Unban</button></span></p>
-  <p id="roleRow" class="row"><label for="newRole">Role</label><select id="newRole">
-    <option>member<option>moderator<option>admin</select><button value="role">Set role</button></p>
-  <button value="">Close</button>
-</form></dialog>
-
+<div id="myMenu" class="menu" popover role="dialog" aria-label="You"><button id="changePassword"
+  type="button">Change password</button>
+  <button id="notify" type="button"></button><p id="notifyWhy" class="small dim"></p><hr>
+  <button id="logOut" type="button">Log out</button></div>
+<div id="person" class="menu" popover role="dialog"></div>
+<div id="finder" class="menu" popover role="dialog" aria-label="Find"><label class="small">
+  <b id="finderLabel"></b><input id="finderText" spellcheck="false"></label><ul id="found"></ul>
+  <p id="foundNothing" class="small dim" role="status"></p></div>
+<dialog id="again" aria-labelledby="againTitle"><form id="againForm">
+  <div><h2 id="againTitle"></h2><p id="againWhy" class="small dim"></p></div>
+  <label>Password <input id="againPassword" type="password" autocomplete="current-password"></label>
+  <p id="againProblem" class="problem" role="alert"></p><p class="row"><button
+    class="main grow">Log in
+    again</button><button id="againOut" class="quiet" type="button">Log
+      out</button></p></form></dialog>
+<dialog id="passwords" aria-labelledby="passwordsTitle"><form id="passwordForm">
+  <div><h2 id="passwordsTitle">Change password</h2><p class="small dim">Every other log-in of yours
+    ends. The tabs of this browser go on.</p></div>
+  <label>Password now <input id="old" type="password" autocomplete="current-password"></label>
+  <label>New password <input id="new" type="password" autocomplete="new-password"></label>
+  <p id="changeProblem" class="problem" role="alert"></p><p class="row"><button
+    class="main grow">Change
+    </button><button id="passwordsOut" class="quiet"
+      type="button">Cancel</button></p></form></dialog>
 <script>
 "use strict";
+// All that is shown is a function of what is known. Handlers change `state` and call render(), and
+// draw() alone touches the page. The server is asked for nothing that an event has told.
 const $ = (id) => document.getElementById(id);
+const state = {
+  login: null,                      // {token, stay, at}: at is when this browser received it
+  me: "", epoch: null,              // as the welcome said: who this is, and which database
+  connection: "",                   // "connecting", "connected", "reconnecting", "logged out"
+  retryIn: 0, why: "", problem: "", // seconds; what is wrong; what the log-in page tells
+  rooms: new Map(), current: null,  // key -> room; the one that is shown
+  people: new Map(),                // name -> {user, role}, of all that events have named
+  outbox: new Map(),                // mid -> message that the server has not acknowledged
+  search: null,                     // {q, found, more}, shown instead of the room
+  entries: [], pausedAt: null, operations: [],  // of the wire, oldest first; of /openapi.json
+};
 
-// A new element. Text goes in as text nodes, never as HTML: whatever others write stays text.
-const make = (tag, properties = {}, ...children) => {
-  const element = document.createElement(tag);
+// -- Elements: text goes in as text nodes, never as HTML, so whatever others write stays text ----
+
+const put = (element, properties) => {  // only what differs: else it would be read aloud again
   for (const [name, value] of Object.entries(properties)) {
-    if (name in element) element[name] = value; else element.setAttribute(name, value);
+    if (!(name in element)) element.setAttribute(name, value);
+    else if (element[name] !== value) element[name] = value;
   }
-  element.append(...children);
   return element;
 };
-
-// -- The wire: all that this tab sends and receives ------------------------------------------
-
-const WIRE = 300;  // entries that are kept
-let entries = [];
-let paused = false;
-
-const hideSecrets = (text) => text
-  .replace(/eyJ[\w-]{7}[\w-]*\.[\w-]+\.[\w-]+/g, (token) => `${token.slice(0, 10)}...`)
-  .replace(/(\\?"password\\?"\s*:\s*)\\?"(?:[^"\\]|\\.)*?\\?"/g, '$1"..."');
-
-const pretty = (text) => text.split("\n").map((line) => {
-  try { return JSON.stringify(JSON.parse(line), null, 2); } catch { return line; }
-}).join("\n");
-
-const record = (way, title, text = "") => {
-  const shown = hideSecrets(text);
-  entries.push({way, title: hideSecrets(title), text: shown, at: new Date(),
-    size: new TextEncoder().encode(text).length});
-  entries = entries.slice(-WIRE);
-  if (!paused && !$("wire").hidden) showEntry(entries.at(-1));
+// make("p.small.dim", {title: "..."}, "text", child); the properties may be left out.
+const make = (kind, ...children) => {
+  const [tag, ...names] = kind.split("."), className = names.join(" ");
+  const properties = children[0]?.constructor === Object ? children.shift() : {};
+  const element = put(document.createElement(tag), className ? {className, ...properties}
+    : properties);
+  element.append(...children); return element;
+};
+const button = (text, onclick, kind = "") => make(`button${kind}`, {type: "button", onclick}, text);
+const say = (id, textContent) => put($(id), {textContent});
+const on = (id, type, action) => $(id).addEventListener(type, action);
+const classes = (...names) => names.filter(Boolean).join(" ");
+const icon = (name, svg = $("menu").firstElementChild.cloneNode(true)) => {
+  svg.firstElementChild.setAttribute("href", `#i-${name}`); return svg;
+};
+// Makes a function from things to their elements. Each is built once and then only updated, so
+// focus, selection and what is unfolded stay. build(thing) returns [element, update].
+const keyed = (build, known = new WeakMap()) => (thing, ...context) => {
+  if (!known.has(thing)) known.set(thing, build(thing));
+  const [element, update] = known.get(thing);
+  update?.(...context); return element;
+};
+// Makes these elements the children of a parent; what is in its place already is not touched.
+const arrange = (parent, wanted) => {
+  const keep = new Set(wanted);
+  for (const child of [...parent.children]) if (!keep.has(child)) child.remove();
+  let next = parent.firstElementChild;
+  for (const element of wanted) {
+    if (element === next) next = next.nextElementSibling; else parent.insertBefore(element, next);
+  }
+};
+// However much has changed, the page is drawn once for it. A hidden tab has no animation frames.
+let drawing = false;
+const render = () => {
+  if (!drawing) { if (document.hidden) setTimeout(draw, 50); else requestAnimationFrame(draw); }
+  drawing = true;
 };
 
-const showEntry = (entry) => {
-  const wanted = $("filter").value.toLowerCase();
-  if (!`${entry.title} ${entry.text}`.toLowerCase().includes(wanted)) return;
-  const details = make("details", {}, make("summary", {},
-    make("time", {}, entry.at.toTimeString().slice(0, 8)),
-    make("b", {}, entry.way === "out" ? "→ out" : "← in"),
-    make("span", {className: "name grow"}, entry.title), make("span", {}, `${entry.size} B`)));
-  details.addEventListener("toggle",
-    () => details.append(make("pre", {tabIndex: 0}, pretty(entry.text))), {once: true});
-  $("frames").prepend(make("li", {className: entry.way}, details));
-  while ($("frames").children.length > WIRE) $("frames").lastChild.remove();
+// -- What is kept in the browser ---------------------------------------------------------------
+
+const parsed = (text) => { try { return JSON.parse(text); } catch { return undefined; } };
+const kept = (name, fallback = null, storage = localStorage) => {
+  try { return parsed(storage.getItem(`lobby.${name}`)) ?? fallback; } catch { return fallback; }
 };
-
-const showWire = () => {
-  $("frames").replaceChildren();
-  entries.forEach(showEntry);
-};
-
-// Sends a request and shows both directions on the wire.
-const request = async (method, path, headers = {}, body = undefined) => {
-  const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\n`).join("");
-  const sent = typeof body === "string" ? body : body ? `(${body.constructor.name})` : "";
-  record("out", `${method} ${path}`, `${lines}\n${sent}`);
-  const response = await fetch(path, {method, headers, body});
-  const text = await response.text();
-  const heads = [...response.headers].map(([name, value]) => `${name}: ${value}\n`).join("");
-  record("in", `${response.status} ${method} ${path}`, `${heads}\n${text}`);
-  return {response, text, sent: hideSecrets(`${method} ${path}\n${lines}\n${pretty(sent)}`)};
-};
-
-// A request of the chat's own: JSON in and out. Throws an Error with the server's words.
-const api = async (method, path, json = undefined) => {
-  const headers = token ? {Authorization: `Bearer ${token}`} : {};
-  if (json) headers["Content-Type"] = "application/json";
-  const {response, text} = await request(method, path, headers, json && JSON.stringify(json));
-  const answer = text ? JSON.parse(text) : null;
-  if (response.ok) return answer;
-  const wrong = Array.isArray(answer.detail) ? answer.detail[0] : {msg: answer.detail, loc: []};
-  throw Object.assign(new Error(wrong.msg), {field: wrong.loc.at(-1), status: response.status});
-};
-
-const typesIn = (text) =>
-  [...new Set(text.match(/^{"type":"\w+/gm))].map((found) => ` ${found.slice(9)}`).join();
-
-// A WebSocket whose frames are shown on the wire.
-const openSocket = (url, protocols = []) => {
-  const opened = new WebSocket(url, protocols);
-  const title = `WS ${url.pathname}`;
-  record("out", `${title} open`, `${url.search}\n${protocols.join("\n")}`);
-  opened.addEventListener("message", ({data}) => record("in", title + typesIn(data), data));
-  opened.addEventListener("close",
-    ({code, reason}) => record("in", `${title} close`, `${code} ${reason}`));
-  return opened;
-};
-
-const sendFrame = (to, text) => {
-  record("out", `WS ${new URL(to.url).pathname}${typesIn(text)}`, text);
-  to.send(text);
-};
-
-const socketUrl = (path) => new URL(path, location.href.replace(/^http/, "ws").replace(/#.*/, ""));
-
-// -- What is kept in the browser -------------------------------------------------------------
-
-const kept = (storage, name, fallback = null) => {
-  try {
-    return JSON.parse(storage.getItem(`lobby.${name}`)) ?? fallback;
-  } catch { return fallback; }
-};
-
-let storable = true;
-const keep = (storage, name, value) => {
+const keep = (name, value, storage = localStorage) => {
   try {
     if (value === null) storage.removeItem(`lobby.${name}`);
     else storage.setItem(`lobby.${name}`, JSON.stringify(value));
+  } catch { state.why = "this browser keeps nothing, so what is not sent goes with the tab"; }
+};
+// What another tab of this browser has sent, read, or learnt about the log-in.
+addEventListener("storage", ({key, newValue}) => {
+  const [, kind, user, ...rest] = key?.split(".") ?? [], value = parsed(newValue);
+  if (kind === "login" || kind === "news") hearLogIn(kind, value);
+  if (user !== state.me) return;
+  const room = kind === "read" && state.rooms.get(rest.slice(1).join("."));
+  if (room) markRead(room, value);
+  if (kind === "outbox" && !value) settle(rest[0]);
+  render();
+});
+
+// -- Requests and sockets, as the wire records them --------------------------------------------
+
+const lanes = [null, null];  // the sockets that are open, by their lane of the thread
+const bytesOf = (text) => new TextEncoder().encode(text).length;
+const hideSecrets = (text) => text
+  .replace(/eyJ[\w-]{7}[\w-]*\.[\w-]+\.[\w-]+/g, (token) => `${token.slice(0, 10)}…`)
+  .replace(/(\\?"password\\?"\s*:\s*)\\?"(?:[^"\\]|\\.)*?\\?"|(password=)[^&\s"]+/g, '$1$2"…"');
+const record = (entry) => {
+  const last = state.entries.at(-1), {socket, title, way, texts} = entry;
+  render();
+  if (entry.fades && last?.title === title && last.socket === socket && last.way === way) {
+    return Object.assign(last, {count: last.count + 1, texts: [...last.texts,
+      ...texts].slice(-20)});
+  }
+  const through = [0, 1].filter((lane) => lanes[lane] && lane !== entry.lane);
+  state.entries.push(Object.assign(entry, {at: new Date(), through, count: 1}));
+  state.entries.splice(0, state.entries.length - 300); return entry;
+};
+// Sends a request; it and its answer are one entry. `shown` stands on the wire for a secret body.
+const request = async (method, path, headers = [], body = undefined, shown = body) => {
+  const asked = new Request(path, {method, headers, body}), start = performance.now();
+  const line = hideSecrets(asked.url.slice(location.origin.length));
+  const text = typeof shown === "string" ? shown : shown ? "(a form with a file)" : "";
+  const entry = record({kind: "http", method, path: line, title: `${method} ${line}`, status: 0,
+    headers: [...asked.headers].map(([name, value]) => [name, hideSecrets(value)]),
+    body: hideSecrets(text), again: () => request(method, path, headers, body, shown)});
+  try {
+    const response = await fetch(asked), answer = await response.text();
+    Object.assign(entry, {status: response.status, reason: response.statusText,
+      text: hideSecrets(answer), bytes: bytesOf(answer), answered: [...response.headers]});
+    return {response, answer, entry};
   } catch {
-    if (storable) note("This browser keeps nothing: what is not sent is lost with the tab.");
-    storable = false;
+    entry.status = -1;
+    throw new Error("No answer. Is the server running, and is there a network?");
+  } finally { entry.ms = performance.now() - start; render(); }
+};
+// A request of the page's own: JSON in and out. Throws an Error with the server's words.
+const api = async (method, path, json = undefined, shown = undefined) => {
+  const headers = state.login ? [["Authorization", `Bearer ${state.login.token}`]] : [];
+  if (json) headers.push(["Content-Type", "application/json"]);
+  const sent = await request(method, path, headers, json && JSON.stringify(json), shown);
+  const {ok, status} = sent.response, value = parsed(sent.answer);  // a proxy may answer no JSON
+  if (ok) return value ?? null;
+  const detail = value?.detail ?? `The server answered ${status}. Try again later.`;
+  const wrong = Array.isArray(detail) ? detail[0] : {msg: detail, loc: []};
+  throw Object.assign(new Error(wrong.msg), {field: wrong.loc.at(-1), status});
+};
+const attempt = (...request) =>  // the same; what goes wrong is said in the room
+  api(...request).catch(({message}) => note(`Error: ${message}`, true));
+// A WebSocket whose handshake, frames and end are entries on its lane of the thread.
+const openSocket = (url, protocols = []) => {
+  const socket = new WebSocket(url, protocols), lane = lanes[0] ? 1 : 0, start = performance.now();
+  const path = hideSecrets(url.pathname + url.search), list = hideSecrets(protocols.join(", "));
+  const entry = record({kind: "open", method: "GET", path, title: `GET ${path}`, socket, lane,
+    status: 0, headers: list ? [["sec-websocket-protocol", list]] : []});
+  lanes[lane] = Object.assign(socket, {binaryType: "arraybuffer", lane, entry, asked: new Map()});
+  socket.addEventListener("open", () => {
+    Object.assign(entry, {status: 101, picked: socket.protocol, ms: performance.now() - start});
+    socket.asked.set("", performance.now()); render();
+  });
+  socket.addEventListener("message", ({data}) => recordFrame(socket, "in", data));
+  socket.addEventListener("close", ({code, reason}) => {
+    if (lanes[lane] === socket) lanes[lane] = null;
+    record({kind: "close", way: "in", title: "close", socket, lane, code, reason,
+      texts: [`${code} ${reason}`], bytes: [1005, 1006].includes(code) ? 0 : 2 + bytesOf(reason)});
+  });
+  return socket;
+};
+const recordFrame = (socket, way, data) => {
+  const isText = typeof data === "string", text = isText ? data : `(${data.byteLength} bytes)`;
+  const types = [...text.matchAll(/^{"type":"(\w+)/gm)].map((found) => found[1]);
+  const event = parsed(text.split("\n", 1)[0]), now = performance.now();
+  if (event?.http_version) socket.entry.seen = event;  // it echoes the handshake
+  const about = event?.mid ?? (/join|history/.test(types[0]) ? "history" : "");  // what it answers
+  const asked = socket.asked.get(about);
+  if (way === "out") socket.asked.set(about, now); else socket.asked.delete(about);
+  record({kind: "frame", way, socket, lane: socket.lane, event, types, texts: [hideSecrets(text)],
+    title: [...new Set(types)].join(", ") || (isText ? "text" : "bytes"),
+    ms: way === "in" && asked ? now - asked : undefined, bytes: data.byteLength ?? bytesOf(text),
+    fades: types.length === 1 && /typing|joined|left/.test(types[0])});
+};
+const sendFrame = (socket, text) => { recordFrame(socket, "out", text); socket.send(text); };
+const socketUrl = (path) => new URL(path, location.href.replace(/^http/, "ws").replace(/#.*/, ""));
+
+// -- The log-in: kept, renewed before its end, asked for again where it ends all the same --------
+
+let renewTimer = 0;
+const claimsOf = ({token}) => {  // what a token says of itself; only the server knows if it is true
+  try { return parsed(atob(token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/"))) ?? {}; }
+  catch { return {}; }
+};
+const lifeOf = (login) => (claimsOf(login).exp - claimsOf(login).iat) * 1_000 || 3_600_000;
+const keepLogIn = ({stay}, login) => keep("login", login, stay ? localStorage : sessionStorage);
+const takeLogIn = (token, stay) => {
+  if (stay) keep("login", null, sessionStorage);
+  state.login = {token, stay, at: Date.now()}; keepLogIn(state.login, state.login); watchLogIn();
+};
+const watchLogIn = () => {
+   // each minute and on waking up, since timers stop while a computer sleeps
+  clearTimeout(renewTimer);
+  if (!state.login) return;
+  const wait = state.login.at + 0.8 * lifeOf(state.login) - Date.now();
+  if (wait > 0) renewTimer = setTimeout(watchLogIn, Math.min(wait, 60_000)); else renew();
+};
+// A new token for the same log-in. True: it came; false: it will not; null: nobody can tell yet.
+const renew = async () => {
+  const {login} = state;
+  clearTimeout(renewTimer);
+  try {
+    const {access_token: token} = await api("POST", "renew");
+    if (login === state.login) takeLogIn(token, login.stay);
+    return true;
+  } catch ({status}) {
+    if (login !== state.login || status === 401) return login !== state.login;
+    renewTimer = setTimeout(renew, Math.min(30_000, lifeOf(login) / 20)); return null;
   }
 };
+// Another tab has logged in or renewed ("login"), changed the password ("news"), or logged out.
+const hearLogIn = (kind, login) => {
+  if (!state.login || (kind === "login" ? !state.login.stay : !login)) return;
+  const before = claimsOf(state.login), now = login ? claimsOf(login) : {};
+  if (before.sub !== now.sub) return kind === "login" && refuse("Logged out in another tab");
+  takeLogIn(login.token, state.login.stay);
+  if (before.sid !== now.sid || state.connection === "logged out") connect();
+};
+// The log-in has ended: renew it if it stays, else ask for the password over the page as it is.
+const logInEnded = async (reason) => {
+  const {login} = state, isOld = /expired/.test(reason),
+    minutes = Math.round(lifeOf(login) / 60_000);
+  hangUp();
+  const renewed = isOld && login.stay && await renew();
+  if (renewed) return state.login && connect();
+  if (renewed === null) return disconnected("");
+  if (!state.me) return refuse("Your log-in has ended.");
+  say("againTitle", `Your log-in has ended, ${state.me}`);
+  say("againWhy", `${isOld ? `After ${minutes} minutes` : reason.replace("Unauthorized: ", "")}. `
+    + "What you typed is kept.");
+  state.connection = "logged out";
+  if (!$("again").open) $("again").showModal();
+  render();
+};
 
-let token = kept(sessionStorage, "token", "");
-let me = "";
-let roles = new Map();  // of the people online
-const may = (...wanted) => wanted.includes(roles.get(me));
+// -- Rooms -------------------------------------------------------------------------------------
 
-// -- Rooms -----------------------------------------------------------------------------------
-
-const rooms = new Map();
-let current = null;  // the room that is shown
-
-// Two names of one private conversation, in another order or case, are one key.
+const FOLLOWED = 48;  // rooms of last time, and private ones; one socket may follow 100
+const MOST = 1_000;   // messages of a room that are kept here; older ones come back on scrolling up
+// A room's name in any spelling is one key, and so are the two names of a private conversation.
 const keyOf = (name) => {
-  const normal = name.normalize("NFKC");
-  if (!name.startsWith("@")) return normal.toLowerCase();
-  return `@${normal.slice(1).toUpperCase().toLowerCase().split("+").sort().join("+")}`;
+  const folded = name.normalize("NFKC").toUpperCase().toLowerCase();
+  return folded.startsWith("@") ? `@${folded.slice(1).split("+").sort().join("+")}` : folded;
 };
-
 const roomOf = (name) => {
-  const key = keyOf(name);
-  if (!rooms.has(key)) {
-    const read = kept(localStorage, `read.${me}.${epoch}.${key}`, 0);  // the last id that was seen
-    rooms.set(key, {key, name, items: [], ids: new Set(), last: null, more: false,
-      loading: false, read, unread: 0, here: new Set(), typing: new Map()});
-  }
+  const key = keyOf(name), {rooms, me, epoch} = state;
+  if (!rooms.has(key)) rooms.set(key, {key, name, items: new Map(), last: null, more: false,
+    joined: "no",  // then "asked", then "yes": only when its history is here, all else of it counts
+    read: kept(`read.${me}.${epoch}.${key}`), unread: new Set(), newAfter: null,
+    here: new Set(), typing: new Map(), loading: false, refused: "", place: null, past: false,
+    left: kept(`left.${me}.${key}`, -1)});  // the last id when it was closed
   return rooms.get(key);
 };
-
-const privateWith = (user) => `@${[me, user].sort().join("+")}`;
-const otherOf = (room) => {
-  const both = room.name.slice(1).split("+");
-  return both.find((name) => name.toLowerCase() !== me.toLowerCase()) ?? me;
+const isPrivate = (room) => room.key.startsWith("@");
+const privateWith = (user) => `@${[state.me, user].sort().join("+")}`;
+const titleOf = ({name}) => !name.startsWith("@") ? name
+  : name.slice(1).split("+").find((one) => keyOf(one) !== keyOf(state.me)) ?? state.me;
+const pathOf = (name) => `rooms/${encodeURIComponent(name)}/messages`;
+const pendingIn = ({key}) => [...state.outbox.values()].filter(({room}) => keyOf(room) === key);
+const isListed = (room) => room === state.current || pendingIn(room).length
+  || (!room.refused && (room.last ?? 0) > room.left);
+const oldestOf = (room) => [...room.items.values()].find(({id}) => id)?.id;
+const personOf = (user) => {
+  if (!state.people.has(user)) state.people.set(user, {user, role: "member"});
+  return state.people.get(user);
 };
-const titleOf = (room) => room.name.startsWith("@") ? otherOf(room) : room.name;
-
-const markRead = () => {
-  if (!current || document.hidden) return;
-  current.unread = 0;
-  if (current.last > current.read) {
-    current.read = current.last;
-    keep(localStorage, `read.${me}.${epoch}.${current.key}`, current.read);
-  }
+const may = (...roles) => roles.includes(personOf(state.me).role);
+const markRead = (room, id = room.last) => {
+  if (id > room.read) keep(`read.${state.me}.${state.epoch}.${room.key}`, room.read = id);
+  for (const one of room.unread) if (one <= room.read) room.unread.delete(one);
 };
-
-const otherRooms = (room) =>
-  kept(localStorage, `rooms.${me}`, []).filter((name) => keyOf(name) !== room.key);
-
+const atNewest = () => $("chatLog").scrollTop > -40;  // it counts down from 0, the newest
+const isLooking = (room) =>
+  room === state.current && !document.hidden && atNewest() && !state.search;
+const draftOf = (room) => `draft.${state.me}.${room.key}`;
+const keepRooms = () => keep(`rooms.${state.me}`, [...state.rooms.values()]
+  .filter((room) => !isPrivate(room) && room.joined !== "no").map(({name}) =>
+    name).slice(-FOLLOWED));
 const openRoom = (name) => {
-  const isNew = !rooms.has(keyOf(name));
-  current = roomOf(name);
-  if (isNew) join(current);
-  $("messageText").value = kept(localStorage, `draft.${me}.${current.key}`, "");
-  openMenu(false);
-  keep(localStorage, `rooms.${me}`, [...otherRooms(current), current.name]);
-  showRoom();
+  const old = state.current, room = roomOf(name);
+  if (old && old !== room) { old.place = placeNow(); if (!old.unread.size) old.newAfter = null; }
+  if (old !== room) $("messageText").value = kept(draftOf(room), "");
+  Object.assign(room, {left: -1, refused: ""});
+  Object.assign(state, {current: room, search: null, arriving: true}); join(room);
+  if (decodeURIComponent(location.hash.slice(1)) !== room.name) location.hash = room.name;
+  $("side").hidePopover();
+  if (!matchMedia("(pointer: coarse)").matches) $("messageText").focus();
+  render();
 };
-
-const leaveRoom = () => {
-  transmit({type: "leave", room: current.name});
-  rooms.delete(current.key);
-  keep(localStorage, `rooms.${me}`, otherRooms(current));
+const leaveRoom = (room) => {  // a private one is followed on, and comes back with a new message
+  if (isPrivate(room)) keep(`left.${state.me}.${room.key}`, room.left = room.last ?? 0);
+  else { transmit({type: "leave", room: room.name}); state.rooms.delete(room.key); keepRooms(); }
   openRoom("lobby");
-  $("messageText").focus();
 };
 
-// -- Showing ---------------------------------------------------------------------------------
+// -- The outbox: what is typed is kept until the server has it ---------------------------------
 
-let stick = true;  // the newest message stays in view, unless the reader has scrolled up
-const clock = new Intl.DateTimeFormat([], {timeStyle: "short"});
-const calendar = new Intl.DateTimeFormat([], {dateStyle: "full"});
-const LINK = /(https?:\/\/[^\s<>"]*[^\s<>".,:;!?'()[\]{}])/i;
-
-const linked = (text) => text.split(LINK).map((part, index) => index % 2
-  ? make("a", {href: part, target: "_blank", rel: "noopener noreferrer"}, part) : part);
-
-const avatar = (user) => {
-  const initial = [...user][0].toUpperCase();
-  const element = make("span", {className: "avatar", ariaHidden: "true"}, initial);
-  const sum = [...user].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 9973, 7);
-  element.style.setProperty("--hue", sum * 137 % 360);
-  return element;
-};
-
-const timeOf = (at) =>
-  make("time", {dateTime: new Date(at * 1000).toISOString()}, clock.format(at * 1000));
-
-const author = (user) => {
-  const button = make("button", {type: "button", className: "plain name", dir: "auto"}, user);
-  button.addEventListener("click", () => showPerson(user));
-  return button;
-};
-
-// The elements of a message or a notice, with the day before it if that is a new one.
-const elementsOf = (item, index, items) => {
-  if (item.notice) return [make("p", {className: "notice"}, item.notice)];
-  let before = index - 1;
-  while (items[before]?.notice) before -= 1;
-  const previous = items[before];
-  const day = calendar.format(item.at * 1000);
-  const sameDay = previous && calendar.format(previous.at * 1000) === day;
-  const grouped = sameDay && before === index - 1 && previous.user === item.user
-    && item.at - previous.at < 300;
-  const message = make("article", {className: "message"});
-  message.dataset.id = item.id;
-  message.classList.toggle("mine", item.user === me);
-  message.classList.toggle("grouped", Boolean(grouped));
-  const who = make("div", {className: "who"}, author(item.user), timeOf(item.at));
-  message.append(...(grouped ? [make("span")] : [avatar(item.user), who]));
-  message.append(make("p", {className: "text", dir: "auto"}, ...linked(item.text)));
-  if (item.user === me || may("moderator", "admin")) message.append(deleteButton(item));
-  if (item.user === me) message.append(make("span", {className: "state"}, "sent"));
-  return sameDay ? [message] : [make("p", {className: "day"}, day), message];
-};
-
-const deleteButton = (item) => {
-  const label = `Delete "${item.text.slice(0, 40)}"`;
-  const button = make("button", {type: "button", className: "plain", ariaLabel: label}, "Delete");
-  button.addEventListener("click", () => {
-    if (button.dataset.asked) {
-      act("DELETE", `rooms/${encodeURIComponent(item.room)}/messages/${item.id}`);
-    }
-    button.dataset.asked = "yes";
-    button.textContent = button.ariaLabel = "Really delete?";
-  });
-  button.addEventListener("blur", () => {
-    delete button.dataset.asked;
-    button.textContent = "Delete";
-    button.ariaLabel = label;
-  });
-  return make("div", {className: "tools"}, button);
-};
-
-let lastTop = 0;  // where the log was scrolled to
-const toNewest = () => {
-  $("chatLog").scrollTop = $("chatLog").scrollHeight;
-  lastTop = $("chatLog").scrollTop;
-  $("newest").hidden = true;
-};
-
-// Does something a little later, and once, however often it was asked for until then.
-const soon = (milliseconds, action) => {
-  let timer = 0;
-  return () => {
-    timer ||= setTimeout(() => { timer = 0; action(); }, milliseconds);
-  };
-};
-
-const follow = soon(16, () => {  // not for each event: to measure the log takes time
-  if (stick) toNewest();
-  loadOlder();
-});
-
-// Shows the whole room again; what was in view stays there. A screen reader hears only news.
-const showMessages = () => {
-  const log = $("chatLog");
-  const items = current.items;
-  const inView = [...$("messages").children].find((one) =>
-    one.dataset.id && one.getBoundingClientRect().bottom > log.getBoundingClientRect().top);
-  const bottom = inView?.getBoundingClientRect().bottom;
-  const focused = $("messages").contains(document.activeElement);
-  log.ariaLive = "off";
-  $("messages").replaceChildren(...items.flatMap(elementsOf));
-  if (focused) log.focus();
-  const again = inView && $("messages").querySelector(`[data-id="${inView.dataset.id}"]`);
-  if (stick) toNewest();
-  else if (again) log.scrollTop += again.getBoundingClientRect().bottom - bottom;
-  setTimeout(() => { log.ariaLive = "polite"; });
-  loadOlder();
-};
-
-const showItem = (room, item) => {
-  room.items.push(item);
-  if (room.items.length > 1000 && (stick || room !== current)) {
-    room.items.splice(0, 200).forEach(({id}) => room.ids.delete(id));
-    room.more = true;
-    if (room === current) return showMessages();
-  }
-  if (room !== current) return;
-  $("messages").append(...elementsOf(item, room.items.length - 1, room.items));
-  follow();
-  if (!stick && !item.notice) {
-    $("newest").hidden = false;
-    $("newest").textContent = "New messages below";
-  }
-};
-
-const note = (notice, room = current) => {
-  if (room) showItem(room, {notice, at: Date.now() / 1000});
-};
-
-const showTyping = () => {
-  const names = [...current.typing.keys()];
-  $("typing").textContent = names.length ? `Typing: ${names.join(", ")}` : "";
-};
-
-const showRoom = () => {
-  stick = true;
-  const isPrivate = current.name.startsWith("@");
-  $("roomName").textContent = isPrivate ? `Private: ${titleOf(current)}` : current.name;
-  $("leave").hidden = current.key === "lobby";
-  showMessages();
-  showPending();
-  showTyping();
-  showSide();
-};
-
-// Shows items, {key, text, extra, unread, isCurrent, action}, in a list. Elements are used again:
-// a new one would take the focus, or half a click, from whoever is on it.
-const fill = (list, items) => {
-  const old = new Map([...list.children].map((one) => [one.dataset.key, one]));
-  const wanted = items.map((item) => {
-    const {key, text, extra = "", unread = 0, isCurrent = false, action} = item;
-    const one = old.get(key) ?? make("li", {}, make("button", {type: "button"},
-      make("span", {dir: "auto"}), make("small")));
-    const [button] = one.children;
-    const [name, small] = button.children;
-    one.dataset.key = key;
-    button.onclick = action;
-    button.ariaCurrent = isCurrent ? "true" : null;
-    button.title = name.textContent = text;
-    small.textContent = unread || extra;
-    small.className = unread ? "unread" : "";
-    small.ariaLabel = unread ? `${unread} unread` : null;
-    return one;
-  });
-  const same = wanted.length === list.children.length
-    && wanted.every((one, index) => one === list.children[index]);
-  if (same) return;
-  const focused = document.activeElement;
-  list.replaceChildren(...wanted);
-  if (list.contains(focused)) focused.focus();
-};
-
-const roomItem = (room) => {
-  const failed = [...outbox.values()].some((one) => one.problem && keyOf(one.room) === room.key);
-  return {key: room.key, text: titleOf(room), extra: failed ? "not sent" : room.here.size || "",
-    unread: room.unread, isCurrent: room === current, action: () => openRoom(room.name)};
-};
-
-const icon = (fill) => `data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' `
-  + `viewBox='0 0 16 16'><circle cx='8' cy='8' r='7' fill='${fill}'/></svg>`;
-
-const showSide = soon(30, () => {
-  markRead();
-  const byName = [...rooms.values()].sort((a, b) => titleOf(a).localeCompare(titleOf(b)));
-  fill($("rooms"), byName.filter((room) => !room.name.startsWith("@")).map(roomItem));
-  fill($("private"), byName.filter((room) => room.name.startsWith("@")).map(roomItem));
-  fill($("people"), [...roles].map(([user, role]) => ({key: user, text: user,
-    extra: role === "member" ? "" : role, action: () => showPerson(user)})));
-  const unread = byName.reduce((sum, room) => sum + room.unread, 0);
-  document.title = unread ? `(${unread}) Lobby` : "Lobby";
-  $("icon").href = icon(unread ? "crimson" : "royalblue");
-});
-
-// -- The outbox: what is typed is kept until the server has it -------------------------------
-
-let outbox = new Map();  // mid -> {mid, room, text, at, problem}
-let sending = null;      // the mid that waits for its answer; one after the other keeps their order
-let answerTimer = 0;
-
+let sending = null, answerTimer = 0;  // the mid that waits; one after the other keeps their order
+const keepItem = (item, value = item) => keep(`outbox.${state.me}.${item.mid}`, value);
 const loadOutbox = () => {
-  const prefix = `lobby.outbox.${me}.`;
-  const names = Object.keys(localStorage).filter((name) => name.startsWith(prefix));
-  const found = names.map((name) => kept(localStorage, name.slice("lobby.".length)));
-  for (const item of [...outbox.values(), ...found]) if (item) outbox.set(item.mid, item);
-  for (const item of outbox.values()) roomOf(item.room);  // to be seen somewhere
-  outbox = new Map([...outbox].sort(([, a], [, b]) => a.at - b.at));
+  const {outbox, me} = state, mine = `lobby.outbox.${me}.`;
+  const names = Object.keys(localStorage).filter((name) => name.startsWith(mine));
+  for (const item of names.map((name) => kept(name.slice("lobby.".length)))) {
+    if (item && !outbox.has(item.mid)) outbox.set(item.mid, item);
+  }
+  state.outbox = new Map([...outbox].sort(([, one], [, other]) => one.at - other.at));
+  for (const {room} of state.outbox.values()) roomOf(room);  // to be seen somewhere
 };
-
 const post = (room, text) => {
   const random = crypto.getRandomValues(new Uint32Array(4));
   const mid = Array.from(random, (number) => number.toString(36)).join("-");
-  const item = {mid, room: room.name, text, at: Date.now() / 1000};
-  outbox.set(mid, item);
-  keep(localStorage, `outbox.${me}.${mid}`, item);
-  stick = true;
-  showPending();
-  sendNext();
+  const item = {mid, room: room.name, user: state.me, text, at: Date.now() / 1_000};
+  state.outbox.set(mid, item); keepItem(item); room.newAfter = null; toNewest(room); sendNext();
 };
-
 const sendNext = () => {
-  if (sending || socket?.readyState !== WebSocket.OPEN) return;
-  const next = [...outbox.values()].find((item) => !item.problem);
-  if (!next) return;
+  const next = [...state.outbox.values()].find((item) => !item.problem);
+  render();
+  if (sending || !next || state.connection !== "connected") return;
   sending = next.mid;
   transmit({type: "message", room: next.room, text: next.text, mid: next.mid});
-  answerTimer = setTimeout(() => disconnected("no answer"), 20_000);
+  answerTimer = setTimeout(() => disconnected("no answer came"), 20_000);
 };
-
+// The server has it, or has refused it. Returns the message, whose element is used on.
 const settle = (mid, problem = null) => {
-  const item = outbox.get(mid);
-  if (!item) return;
-  if (problem) item.problem = problem; else outbox.delete(mid);
-  keep(localStorage, `outbox.${me}.${mid}`, problem ? item : null);
-  if (sending === mid) {
-    sending = null;
-    clearTimeout(answerTimer);
-  }
-  showPending();
-  sendNext();
+  const item = state.outbox.get(mid);
+  if (!item) return null;
+  if (problem) item.problem = problem; else state.outbox.delete(mid);
+  keepItem(item, problem && item);
+  if (sending === mid) { sending = null; clearTimeout(answerTimer); }
+  sendNext(); return item;
 };
+const tryAgain = (item) => { delete item.problem; keepItem(item); sendNext(); };
 
-const showPending = () => {
-  const mine = [...outbox.values()].filter((item) => keyOf(item.room) === current.key);
-  $("pending").replaceChildren(...mine.map((item) => {
-    const words = item.problem ? `failed: ${item.problem} ` : "sending";
-    const state = make("p", {className: "state"}, words);
-    if (item.problem) {
-      const again = make("button", {type: "button", className: "plain"}, "try again");
-      again.addEventListener("click", () => {
-        delete item.problem;
-        keep(localStorage, `outbox.${me}.${item.mid}`, item);
-        showPending();
-        sendNext();
-      });
-      const drop = make("button", {type: "button", className: "plain"}, "discard");
-      drop.addEventListener("click", () => settle(item.mid));
-      state.append(again, drop);
-    }
-    return make("article", {className: `message mine ${item.problem ? "failed" : ""}`}, avatar(me),
-      make("p", {className: "text", dir: "auto"}, item.text), state);
-  }));
-  if (stick) toNewest();
-};
-
-// Another tab has sent it, or has failed to.
-addEventListener("storage", ({key, newValue}) => {
-  const mid = key?.startsWith(`lobby.outbox.${me}.`) && key.split(".").at(-1);
-  if (mid && !newValue && outbox.has(mid)) settle(mid);
-});
-
-// -- Events ----------------------------------------------------------------------------------
-
-const hearMessage = (room, event) => {
-  if (event.user === me) settle(event.mid);
-  if (room.ids.has(event.id)) return;
-  room.ids.add(event.id);
-  room.last = Math.max(room.last, event.id);
-  stopTyping(room, event.user);
-  if (event.user !== me && event.id > room.read) room.unread++;
-  showItem(room, event);
-};
-
-const hearHistory = (room, event) => {
-  const oldest = room.items.find((item) => item.id)?.id;
-  if (room.loading && event.messages.every(({id}) => id < oldest)) {  // an older page
-    room.loading = false;
-    room.more = event.more;
-    event.messages.forEach(({id}) => room.ids.add(id));
-    room.items.unshift(...event.messages);
-    if (room === current) showMessages();
-    return;
-  }
-  if (!event.complete) {
-    Object.assign(room, {items: [], ids: new Set(), last: null});
-    if (room === current) $("messages").replaceChildren();
-    if (event.more) note("More was written than is shown here: scroll up for it.", room);
-  }
-  // A private message may have come before the history that it belongs to.
-  const late = event.messages.some(({id}) => id < room.last && !room.ids.has(id));
-  if (room.last === null || late) room.more = event.more;
-  for (const message of event.messages) hearMessage(room, message);
-  if (!late) return;
-  room.items.sort((a, b) => a.at - b.at || a.id - b.id);
-  if (room === current) showMessages();
-};
+// -- Events ------------------------------------------------------------------------------------
 
 const hear = (event) => {
-  const isOpen = !event.room || event.room.startsWith("@") || rooms.has(event.room);
-  if (!isOpen) {  // it was left meanwhile
-    if (event.type === "message" && event.user === me) settle(event.mid);
-    return;
+  const {type, user, id} = event;
+  render();
+  if (type === "welcome") return welcome(event);
+  if (type === "error") return hearError(event);
+  if (type === "role") return personOf(user).role = event.role;
+  const sent = type === "message" && user === state.me ? settle(event.mid) : null;
+  const isKnown = state.rooms.has(keyOf(event.room));
+  if (!isKnown && !event.room.startsWith("@")) return;  // it was left meanwhile
+  const room = roomOf(event.room);
+  if (type === "history") return hearHistory(room, event);
+  if (room.joined !== "yes") {  // its history will have it
+    if (type !== "message" || room.joined === "asked") return;
+    room.read ??= id - 1; return join(room);
   }
-  const room = event.room ? roomOf(event.room) : current;
-  if (event.room && room.name !== event.room) {  // as the server spells it
-    room.name = event.room;
-    if (room === current) showRoom();
+  switch (type) {
+    case "presence": room.here = new Set(Object.keys(event.users));
+      for (const one of room.here) personOf(one).role = event.users[one];
+      break;
+    case "joined": personOf(user).role = event.role;  // and then as for "left"
+    case "left": hearPerson(room, event); break;
+    case "message": addMessage(room, Object.assign(sent ?? {}, event), isLooking(room)); break;
+    case "deleted": room.unread.delete(id);
+      Object.assign(room.items.get(id) ?? {}, {gone: true, text: ""}); break;
+    case "typing": stopTyping(room, user);
+      if (user !== state.me) room.typing.set(user,
+        setTimeout(() => { stopTyping(room, user); render(); }, 5_000));
   }
-  switch (event.type) {
-    case "welcome": return welcome(event);
-    case "history": hearHistory(room, event); break;
-    case "presence": room.here = new Set(Object.keys(event.users)); lookAround(); break;
-    case "role": lookAround(); break;
-    case "joined": case "left": hearPerson(room, event); break;
-    case "message": hearMessage(room, event); break;
-    case "deleted": hearDeleted(room, event.id); break;
-    case "typing": hearTyping(room, event.user); break;
-    case "error": hearError(event); break;
+};
+const hearHistory = (room, {room: name, messages, more, complete}) => {
+  if (room.joined === "yes" && room.loading) {  // an older page
+    const oldest = oldestOf(room), older = messages.filter(({id}) => id < oldest);
+    const items = new Map([...older.map((one) => [one.id, one]), ...room.items]);
+    quietly(); return Object.assign(room, {loading: false, more, items});
   }
-  showSide();
+  Object.assign(room, {name, joined: "yes", refused: ""});  // named as the server spells it
+  if (!room.last || !complete) {
+    const items = complete && !room.past ? room.items : new Map();
+    Object.assign(room, {items, more, last: 0, past: false});
+    room.read ??= messages.at(-1)?.id ?? 0;
+  }
+  for (const message of messages) {
+    const sent = message.user === state.me ? settle(message.mid) : null;
+    addMessage(room, Object.assign(sent ?? {}, message), false);
+  }
+  keepRooms();
 };
-
-const hearDeleted = (room, id) => {
-  if (room.unread && id > room.read) room.unread -= 1;
-  room.items = room.items.filter((item) => item.id !== id);
-  if (room === current) showMessages();
+const addMessage = (room, message, isSeen) => {
+  if (message.id <= room.last) return;
+  room.last = message.id; stopTyping(room, message.user);
+  if (isSeen) markRead(room);
+  else if (message.user !== state.me && message.id > room.read) {
+    if (!room.unread.size) room.newAfter = room.read;
+    room.newCount = room.unread.add(message.id).size;
+    if (document.hidden) announce(room, message);
+  }
+  if (room.past) return;  // these are not the newest
+  room.items.set(message.id, message);
+  if (room.items.size <= MOST || (room === state.current && !atNewest())) return;
+  for (const key of [...room.items.keys()].slice(0, MOST / 5)) room.items.delete(key);
+  room.more = true;
 };
-
-const hearTyping = (room, user) => {
-  stopTyping(room, user);
-  if (user !== me) room.typing.set(user, setTimeout(() => stopTyping(room, user), 5000));
-  if (room === current) showTyping();
-};
-
-const stopTyping = (room, user) => {
-  clearTimeout(room.typing.get(user));
-  if (room.typing.delete(user) && room === current) showTyping();
-};
-
-// Somebody has come or gone. In a private conversation that is no news: the list shows it.
+// Comings and goings are one line as long as nothing else is said; who leaves and comes back at
+// once has done neither. In a private conversation they are no news: the list shows them.
 const hearPerson = (room, {type, user}) => {
   if (type === "joined") room.here.add(user); else room.here.delete(user);
   if (type === "left") stopTyping(room, user);
-  if (user !== me && !room.name.startsWith("@")) note(`${user} ${type} the chat!`, room);
-  lookAround();
+  if (user === state.me || isPrivate(room) || room.past) return;
+  let last = [...room.items.values()].at(-1);
+  if (!last?.joined) room.items.set(last = {joined: new Set(), left: new Set()}, last);
+  if (!last[type === "joined" ? "left" : "joined"].delete(user)) last[type].add(user);
 };
-
-const hearError = (event) => {
-  if (!outbox.has(event.mid)) return note(`Error: ${event.message}`);
-  if (!event.retry_after) return settle(event.mid, event.message);
-  clearTimeout(answerTimer);
-  setTimeout(() => { sending = null; sendNext(); }, event.retry_after * 1000);
+const stopTyping = (room, user) => {
+  clearTimeout(room.typing.get(user)); room.typing.delete(user);
 };
-
-const welcome = (event) => {
-  me = event.user;
-  roles.set(me, event.role);
-  $("myName").textContent = me;
-  if (epoch !== event.epoch) rooms.clear();  // another database: its ids mean nothing here
-  epoch = event.epoch;
-  current = roomOf(current?.name ?? "lobby");
-  loadOutbox();
-  const names = ["lobby", ...kept(localStorage, `rooms.${me}`, []), ...event.rooms];
-  for (const room of new Set([...names.map(roomOf), ...rooms.values()])) {
-    if (room.key !== asked) join(room);
-  }
-  if ($("app").hidden) {
-    show("app");
-    openRoom(current.name);
-    $("messageText").focus();
-  } else {  // connected again: what the reader looks at and writes stays as it is
-    showMessages();
-    showPending();
-    showSide();
-  }
+const hearError = ({mid, message, room: name, retry_after: wait}) => {
+  const room = name && state.rooms.get(keyOf(name));
+  const later = (action) => setTimeout(action, wait * 1_000);
+  if (state.outbox.has(mid)) {
+    if (!wait) return settle(mid, message);
+    clearTimeout(answerTimer); later(() => { sending = null; sendNext(); });
+  } else if (room?.joined === "asked") {
+    room.joined = "no";
+    if (wait) later(() => join(room)); else room.refused = message;
+  } else note(`Error: ${message}`, true);
+};
+// A line for the reader alone.
+const note = (notice, isWrong = false) => {
+  const item = {notice, isWrong};
+  state.current?.items.set(item, item); render();
+};
+const welcome = ({user, role, epoch, rooms: talks}) => {
+  if (state.epoch !== epoch) state.rooms.clear();  // another database
+  const isFirst = !state.me, name = state.current?.name ?? (addressed() || "lobby");
+  Object.assign(state, {me: user, epoch, connection: "connected", why: ""}); $("again").close();
+  personOf(user).role = role;
+  for (const room of state.rooms.values()) Object.assign(room, {joined: "no", loading: false});
+  loadOutbox(); roomOf(askedFor).joined = "asked";
+  if (isFirst) openRoom(name); else state.current = roomOf(name);
+  const known = kept(`rooms.${user}`, []);
+  for (const one of ["lobby", name, ...known, ...talks.slice(0, FOLLOWED)]) join(roomOf(one));
+  for (const talk of talks) roomOf(talk);  // those beyond are joined with their next message
   sendNext();
 };
 
-// Who is online, and what they may do; asked for once after many have come or gone.
-const lookAround = soon(300, async () => {
-  if (!token) return;
-  try {
-    const before = roles.get(me);
-    roles = new Map((await api("GET", "users")).map(({username, role}) => [username, role]));
-    if (roles.get(me) !== before) showMessages();
-    const known = (await api("GET", "rooms")).filter(({room}) => !room.startsWith("@"));
-    $("known").replaceChildren(...known.map(({room}) => make("option", {value: room})));
-    showSide();
-  } catch { /* the next time, then */ }
-});
+// -- Notifications: of private messages and mentions, for whoever has asked ---------------------
 
-// -- The connection --------------------------------------------------------------------------
+const notifications = () => {  // may they be had, are they on, and why
+  const can = isSecureContext && window.Notification?.permission !== "denied";
+  return {can, isOn: can && Notification.permission === "granted" && kept(`notify.${state.me}`),
+    why: can ? "Of private messages and mentions, while this tab is hidden."
+      : isSecureContext ? "This browser was told to allow none."
+        : "The browser wants https for that."};
+};
+const isMention = (text) => {  // between Chinese words there is no space that could end a name
+  const end = /\p{sc=Han}$/u.test(state.me) ? "" : "(?![\\p{L}\\p{M}\\p{N}_-])";
+  return new RegExp(`(?<![\\p{L}\\p{N}])@${state.me}${end}`, "iu").test(text);
+};
+const announce = (room, {user, text, id}) => {
+  if (!notifications().isOn || !(isPrivate(room) || isMention(text))) return;
+  try {
+    const shown = new Notification(user, {body: text.slice(0, 200), tag: `lobby ${id}`});
+    shown.onclick = () => { window.focus(); openRoom(room.name); };
+  } catch { /* some phones have them for service workers only */ }
+};
+
+// -- The connection ----------------------------------------------------------------------------
 
 let socket = null;
-let epoch = null;
-let retries = 0;     // failed connections in a row
-let retryTimer = 0;
-let asked = "";      // the key of the room that the socket's URL names
-
+let retries = 0, retryTimer = 0;  // failed connections in a row
+let askedFor = "";                // the room that the socket's URL names
 const transmit = (event) => {
   if (socket?.readyState === WebSocket.OPEN) sendFrame(socket, JSON.stringify(event));
 };
-
+const cursorOf = (room) => {  // after the last message that is here, or the newest page
+  if (room?.past) room.last = null;
+  return room?.last ? {after: room.last, epoch: state.epoch} : {};
+};
 const join = (room) => {
-  room.loading = false;
-  transmit({type: "join", room: room.name, ...(room.last && {after: room.last, epoch})});
+  if (room.joined !== "no" || state.connection !== "connected") return;
+  room.joined = "asked"; transmit({type: "join", room: room.name, ...cursorOf(room)});
 };
-
-const status = (state, more = "") => {
-  $("status").dataset.state = state;
-  if ($("state").textContent !== state) $("state").textContent = state;  // is read aloud
-  $("more").textContent = more;  // is not, since it changes every second
-  // This is seen while the chat is not.
-  $("problem").textContent = state === "connected" ? "" : state + more;
-};
-
 // Lets go of the socket: what it still says is not heard.
 const hangUp = () => {
-  clearTimeout(retryTimer);
-  clearTimeout(answerTimer);
+  clearTimeout(retryTimer); clearTimeout(answerTimer);
   const old = socket;
-  socket = sending = null;
-  old?.close();
+  socket = sending = null; old?.close();
 };
-
 const connect = () => {
   hangUp();
-  const url = socketUrl("ws/chat");
-  const room = current ?? {name: "lobby"};
-  room.loading = false;
-  asked = keyOf(room.name);
-  url.search = new URLSearchParams({room: room.name, ...(room.last && {after: room.last, epoch})});
-  status("connecting");
-  try {
-    socket = openSocket(url, ["lobby.v1", `bearer.${token}`]);
-  } catch {
-    return refuse("This is no token.");
-  }
+  const {login, current} = state, url = socketUrl("ws/chat");
+  if (Date.now() > login.at + lifeOf(login)) return logInEnded("Token expired");
+  askedFor = current?.name ?? "lobby";
+  url.search = new URLSearchParams({room: askedFor, ...cursorOf(current)});
+  Object.assign(state, {connection: "connecting", retryIn: 0}); render();
+  try { socket = openSocket(url, ["lobby.v1", `bearer.${login.token}`]); }
+  catch { return refuse("This is no token."); }
   const opened = socket;
-  socket.onopen = () => status("connected");
   socket.onmessage = ({data}) => {
     if (socket !== opened) return;
     retries = 0;
@@ -3250,297 +3269,875 @@ const connect = () => {
   };
   socket.onclose = ({code, reason}) => {
     if (socket !== opened) return;
-    if (code === 1000 || code === 1008) refuse(reason); else disconnected(reason);
+    if (code !== 1000 && code !== 1008) disconnected(reason);
+    else if (/expired|Password|again/.test(reason)) logInEnded(reason);
+    else refuse(reason.replace("Unauthorized: ", ""));
   };
 };
-
-const disconnected = (reason) => {
+const disconnected = (why) => {
   hangUp();
-  let seconds = Math.ceil(Math.min(30, 2 ** retries++) * (0.5 + Math.random()));
+  const retryIn = Math.ceil(Math.min(30, 2 ** retries++) * (0.5 + Math.random()));
+  Object.assign(state, {connection: "reconnecting", retryIn, why});
   const tick = () => {
-    if (seconds <= 0) return connect();
-    status("reconnecting", ` in ${seconds} s${reason ? ` (${reason})` : ""}`);
-    seconds -= 1;
-    retryTimer = setTimeout(tick, 1000);
+    render();
+    if (state.retryIn-- > 0) retryTimer = setTimeout(tick, 1_000); else connect();
   };
   tick();
+  if (retries === 4) api("GET", "healthz").then(() => {  // so HTTP gets through
+    state.why = "the server opens no socket; does a proxy drop Upgrade or Host?";
+  }, () => {});
 };
-
-// Back to the log-in. Nothing of this person stays for the next one to see.
+// Back to the log-in page. Nothing of this person stays for the next one to see.
 const refuse = (reason) => {
   hangUp();
-  entries = [];
-  $("messageText").value = "";
-  for (const id of ["messages", "pending", "frames"]) $(id).replaceChildren();
-  $("person").close("");
-  token = "";
-  keep(sessionStorage, "token", null);
-  $("problem").textContent = reason;
-  for (const kind of [rooms, roles, outbox]) kind.clear();
-  current = epoch = null;
-  me = "";
-  document.title = "Lobby";
-  show("access");
-  $("username").focus();
+  if (state.login) keepLogIn(state.login, null);
+  for (const kind of [state.rooms, state.people, state.outbox]) kind.clear();
+  Object.assign(state, {login: null, me: "", epoch: null, connection: "", current: null,
+    entries: [], search: null, problem: reason});
+  for (const dialog of document.querySelectorAll("dialog")) dialog.close();
+  for (const floating of document.querySelectorAll(":popover-open")) floating.hidePopover();
+  for (const field of document.querySelectorAll("dialog input, #messageText")) field.value = "";
+  for (const id of ["messages", "list"]) $(id).replaceChildren();
+  history.replaceState(null, "", location.pathname); showWire(false);
 };
-
-const show = (view) => {
-  $("access").hidden = view !== "access";
-  $("app").hidden = view !== "app";
-};
-
-addEventListener("online", () => { if (token && !socket) connect(); });
+addEventListener("online", () => { if (state.login && !socket) connect(); });
 addEventListener("offline", () => { if (socket) disconnected("offline"); });
+document.addEventListener("visibilitychange", () => {
+  drawing = false; render();
+  if (!document.hidden) watchLogIn();
+});
 
-// -- What people do --------------------------------------------------------------------------
+// -- Drawing the chat --------------------------------------------------------------------------
 
-const enter = (given) => {
-  token = given;
-  keep(sessionStorage, "token", token);
-  $("problem").textContent = $("password").value = "";
-  connect();
+const clock = new Intl.DateTimeFormat([], {timeStyle: "short"});
+const calendar = new Intl.DateTimeFormat([], {dateStyle: "full"});
+const moment = new Intl.DateTimeFormat([], {dateStyle: "full", timeStyle: "medium"});
+const plural = (count, word) => `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
+const dayName = (day) => {
+  const ago = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(day)) / 86_400_000);
+  return ["Today", "Yesterday"][ago] ?? calendar.format(new Date(day));
+};
+const dayOf = (item) => item.day ??= new Date(item.at * 1_000).toDateString();
+// Code in backticks, @names and links; a link ends where a sentence could, in Chinese too.
+const INLINE = new RegExp("(`[^`\\n]+`|(?<![\\p{L}\\p{N}])@[\\p{L}\\p{M}\\p{N}_-]+"
+  + "|https?:\\/\\/[^\\s<>\"（），。；：！？、「」『』《》【】]*"
+  + "[^\\s<>\"（），。；：！？、「」『』《》【】.,:;!?'()[\\]{}])", "iu");
+const marked = (text, q) => {  // what was searched for stands out
+  const at = q ? text.toLowerCase().indexOf(q.toLowerCase()) : -1, end = at + q.length;
+  return at < 0 ? [text]
+    : [text.slice(0, at), make("mark", text.slice(at, end)), ...marked(text.slice(end), q)];
+};
+const inline = (text, q) => text.split(INLINE).flatMap((part, index) => {
+  if (index % 2 === 0) return marked(part, q);
+  if (part[0] === "`") return make("code", ...marked(part.slice(1, -1), q));
+  if (part[0] === "@") return make("b", part);
+  return make("a", {href: part, target: "_blank", rel: "noopener noreferrer"}, part);
+});
+const textOf = (text, q = "") => {  // its direction is that of most letters, not of the first one
+  const count = (letters) => text.match(letters)?.length ?? 0;
+  const isLeftward = count(/[\p{sc=Arab}\p{sc=Hebr}\p{sc=Syrc}\p{sc=Thaa}]/gu) * 2 >
+    count(/\p{L}/gu);
+  return make("div.text", {dir: isLeftward ? "rtl" : "ltr"},
+    ...text.split(/\n?```(?:\w*\n)?([^]+?)\n?```\n?/).flatMap((part, index) =>
+      index % 2 ? make("pre", {tabIndex: 0}, ...marked(part, q)) : inline(part, q)));
+};
+const avatar = (user) => {
+  const sum = [...user].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 9973, 7);
+  const element = make(`span.avatar${user === state.me ? ".own" : ""}`, {ariaHidden: "true"},
+    [...user][0].toUpperCase());
+  element.style.setProperty("--hue", sum * 137 % 360); return element;
+};
+const timeOf = (at, words = clock.format(at * 1_000)) => make("time",
+  {dateTime: new Date(at * 1_000).toISOString(), title: moment.format(at * 1_000)}, words);
+const whoRow = (user, ...more) => make("div.who", make("button", {type: "button", tabIndex: -1,
+  dir: "auto", onclick: ({target}) => showPerson(user, target)}, user), ...more);
+const messageRow = keyed((item) => {
+  const {user, at} = item, foot = make("p.state");
+  const element = make("article", {tabIndex: -1,
+    ariaLabel: `${user}, ${moment.format(at * 1_000)}`},
+    avatar(user), whoRow(user, timeOf(at)), make("div"), foot);
+  let drawnText = null, drawnState = null;
+  return [Object.assign(element, {item}), () => {
+    const {id, gone, grouped, problem} = item, text = gone ? "Message deleted" : item.text;
+    const waits = id ? "" : problem ? `Not sent: ${problem}`
+      : state.connection === "connected" ? "Sending" : "Waiting for the connection";
+    if (text !== drawnText) element.children[2].replaceWith(textOf(drawnText = text));
+    if (waits !== drawnState) foot.replaceChildren(drawnState = waits, ...(problem ? [
+      button("Try again", () => tryAgain(item), ".link"),
+      button("Discard", () => settle(item.mid), ".link")] : []));
+    foot.hidden = !waits;
+    put(element, {className: classes("message", grouped && "grouped", gone && "gone",
+      waits && (problem ? "failed" : "waiting"), item === state.hit && "found",
+      !gone && user !== state.me && isMention(text) && "mention")});
+  }];
+});
+const listed = (people, word) => {
+  const names = [...people].slice(0, 5), rest = people.size - names.length;
+  if (rest > 0) names.push(`${rest} more`);
+  return names.length ? [`${names.join(", ").replace(/, ([^,]+)$/, " and $1")} ${word}`] : [];
+};
+const lineRow = (className) => keyed(() => {
+  const element = make("p", {className});
+  return [element, (textContent) => put(element, {textContent})];
+});
+const dayRow = lineRow("day"), newRow = lineRow("new");
+const noticeRow = lineRow("notice"), errorRow = lineRow("notice wrong");
+const rowsOf = (room) => {
+  const rows = [];
+  let head = null, day = "", isMarked = room.newAfter === null;
+  for (const item of [...room.items.values(), ...pendingIn(room)]) {
+    const {user, at, id, notice, joined, left} = item;
+    const words = joined ? [...listed(joined, "joined"), ...listed(left, "left")].join(", ")
+      : notice;
+    if (words) rows.push((item.isWrong ? errorRow : noticeRow)(item, words));
+    if (!user) continue;
+    const isNextDay = dayOf(item) !== day;
+    const isFirstNew = !isMarked && id > room.newAfter && user !== state.me;
+    if (isNextDay) rows.push(dayRow(item, dayName(day = item.day)));
+    if (isFirstNew) rows.push(newRow(room, `${room.newCount} new`));
+    isMarked ||= isFirstNew;
+    // What was shown with its head keeps it, or the log would jump.
+    item.grouped = item.grouped !== false && !isNextDay && !isFirstNew && head?.user === user
+      && at - head.at < 300;
+    if (!item.grouped) head = item;
+    rows.push(messageRow(item));
+  }
+  return rows;
+};
+// Where the reader is in the log: the first message in view, and how far down it stands.
+const topOf = (element) => element.getBoundingClientRect().top;
+const rowWhere = (is) => [...$("messages").children].find((row) => row.item && is(row));
+const placeNow = () => {
+  const log = topOf($("chatLog")), row = !atNewest() && rowWhere((one) => topOf(one) >= log);
+  return row ? {item: row.item, top: topOf(row) - log} : null;
+};
+// A room opens where it was left, or at its first new message, or at the newest.
+const arrive = (room) => {
+  const log = $("chatLog"), {item, top} = room.place ?? {top: 60};
+  log.scrollTop = 0;
+  const row = item ? rowWhere((one) => one.item === item) : log.querySelector(".new");
+  const down = row ? topOf(row) - topOf(log) : 0;
+  if (item || down < 0) log.scrollTop += down - top;
+  room.place = state.arriving = null;
+};
+const quietly = () => {  // a screen reader hears only news
+  $("chatLog").ariaLive = "off";
+  setTimeout(() => { $("chatLog").ariaLive = "polite"; }, 500);
+};
+const hitRow = keyed((hit) => [make("article.message", avatar(hit.user), whoRow(hit.user,
+  timeOf(hit.at, `${dayName(dayOf(hit))} ${clock.format(hit.at * 1_000)}`),
+  button("Go there", () => jump(hit), ".link")), textOf(hit.text, state.search.q))]);
+const searchHead = make("p.notice.found-head.row");
+const searchRows = ({q, found, more}) => {
+  const words = found ? `${plural(found.length, "message")} with “${q}”, newest first`
+    : "Searching";
+  searchHead.replaceChildren(make("span.grow", {role: "status"}, words),
+    ...(more ? [button("More", () => find(q, found), ".link")] : []),
+    button(`Back to ${titleOf(state.current)}`, () => toggleSearch(false), ".link"));
+  return [searchHead, ...(found ?? []).map((hit) => hitRow(hit))];
+};
+const emptyRow = keyed(() => {
+  const title = make("h2"), words = make("p.dim"), mark = icon("mark");
+  mark.classList.add("mark");
+  return [make("div.empty", mark, title, words), (room) => {
+    const name = isPrivate(room) ? titleOf(room) : `#${room.name}`;
+    put(title, {textContent: room.refused ? `${name} cannot be opened`
+      : isPrivate(room) ? `You and ${name}` : `${name} is new`});
+    put(words, {textContent: room.refused || (isPrivate(room)
+      ? "Nobody else sees what you write here."
+      : "Write the first line. All who join later will find it here.")});
+  }];
+});
+const sideRow = keyed(() => {
+  const sign = make("span", {ariaHidden: "true"}), name = make("span.cut.grow", {dir: "auto"});
+  const extra = make("span"), word = make("span.unseen", "unread");
+  const line = make("button", {type: "button"}, sign, name, extra, word);
+  return [make("li", line), (text, {dot, badge, unread, isCurrent, action}) => {
+    put(sign, {className: classes("sign", dot !== undefined && "dot", dot && "on"),
+      textContent: dot === undefined ? "#" : ""});
+    put(name, {textContent: text});
+    put(extra, {className: unread ? "count" : badge ? "badge" : "", textContent: unread || badge});
+    put(word, {hidden: !unread});
+    put(line, {onclick: action, className: unread ? "unread" : "",
+      ariaCurrent: isCurrent ? "true" : null});
+  }];
+});
+const isOnline = (user) => [...state.rooms.values()].some((room) => room.here.has(user));
+const drawSide = () => {
+  const rooms = [...state.rooms.values()].filter(isListed)
+    .sort((one, other) => titleOf(one).localeCompare(titleOf(other)));
+  const talks = rooms.filter(isPrivate), row = (room) => sideRow(room, titleOf(room), {
+    dot: isPrivate(room) ? isOnline(titleOf(room)) : undefined, unread: room.unread.size,
+    badge: pendingIn(room).some((item) => item.problem) ? "not sent" : "",
+    isCurrent: room === state.current, action: () => openRoom(room.name)});
+  arrange($("rooms"), rooms.filter((room) => !isPrivate(room)).map(row));
+  arrange($("private"), talks.map(row));
+  const online = new Set([...state.rooms.values()].flatMap((room) => [...room.here]));
+  for (const user of [state.me, ...talks.map(titleOf)]) online.delete(user);
+  arrange($("people"), [...online].sort().map((user) => sideRow(personOf(user), user, {dot: true,
+    badge: personOf(user).role.replace("member", ""),
+    action: ({currentTarget}) => showPerson(user, currentTarget)})));
+  if ($("myName").textContent !== state.me) $("myAvatar").replaceChildren(avatar(state.me));
+  say("myName", state.me); say("myRole", personOf(state.me).role);
+  const unread = rooms.reduce((sum, room) => sum + room.unread.size, 0);
+  put(document, {title: unread ? `(${unread}) Lobby` : "Lobby"});
+  put($("menu"), {ariaLabel: `Rooms and people${unread ? `, ${unread} unread` : ""}`});
+  put($("menuCount"), {textContent: unread || "", hidden: !unread});
+  put($("icon"), {href:
+    "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
+    + `<circle cx='8' cy='8' r='7' fill='${unread ? "crimson" : "royalblue"}'/></svg>`});
+};
+const drawFrame = (room) => {
+  const {connection, retryIn, why, search} = state, title = titleOf(room), isTalk = isPrivate(room);
+  const others = [...room.here].filter((user) => user !== state.me).sort();
+  say("roomName", isTalk ? title : `# ${title}`);
+  say("who", isTalk ? isOnline(title) ? "online" : "away" : others[0] ? ["you",
+    ...others].join(", ") : "only you");
+  put($("leave"), {hidden: room.key === "lobby"});
+  say("state", $("status").dataset.state = connection);
+  const isOut = connection === "logged out", isAway = connection === "reconnecting";
+  put($("strip"), {hidden: !isOut && !isAway});
+  say("stripText", isOut ? "Your log-in has ended. What you write is kept." : isAway
+    ? `No connection${why && `: ${why}`}. What you write is kept and goes out then.` : "");
+  say("seconds", isAway ? `Trying again in ${Math.max(0, retryIn + 1)} s.` : "");
+  say("now", isOut ? "Log in" : "Now");
+  const typing = [...room.typing.keys()];
+  say("typing", typing.length ? `${typing.join(", ")} ${typing[1] ? "are" : "is"} typing` : "");
+  const text = $("messageText").value.trim(), over = [...text].length - LONGEST;
+  put($("hint"), {className: over > 0 ? "problem" : "", textContent: over > 0
+    ? `${plural(over, "character")} too many`
+      : "Enter sends, Shift + Enter breaks the line, /help"});
+  put($("send"), {disabled: !text || over > 0});
+  put($("messageText"), {placeholder: `Message ${isTalk ? "" : "#"}${title}`});
+  const below = atNewest() ? 0 : room.unread.size, isFar = room.past
+    || $("chatLog").scrollTop < -400;
+  put($("newest"), {hidden: Boolean(search) || !(below || isFar),
+    textContent: below ? `${below} new below` : "Jump to the newest"});
+};
+let drawn = null;  // the room, or the search, that was drawn last
+const draw = () => {
+  drawing = false;
+  const {me, current: room, search} = state;
+  put($("access"), {hidden: Boolean(me)}); put($("app"), {hidden: !me});
+  say("problem", me ? "" : state.problem || state.connection);
+  if (!me) return put(document, {title: "Lobby"});
+  const view = search ?? room, isNew = view !== drawn;
+  const rows = search ? searchRows(search) : rowsOf(room), isHere = room.joined === "yes"
+    || room.refused;
+  const isEmpty = !search && isHere && !rows.some((row) => row.item);
+  if (isNew) quietly();
+  arrange($("messages"), isEmpty ? [emptyRow(room, room), ...rows] : rows);
+  if (isNew && search) $("chatLog").scrollTop = -$("chatLog").scrollHeight;
+  if (state.arriving && isHere) arrive(room);
+  if (isLooking(room) && room.joined === "yes") markRead(room);
+  drawn = view; drawSide(); drawFrame(room); loadOlder();
+  if (!$("wire").hidden) drawWire();
 };
 
-let entering = false;  // one log-in at a time, however often the button is pressed
-$("credentials").addEventListener("submit", async (event) => {
+// -- What floats: a person's card, and what More has found --------------------------------------
+
+const float = (element, anchor) => {
+  if (!element.matches(":popover-open")) element.showPopover();
+  const {left, bottom} = anchor.getBoundingClientRect();
+  const within = (at, most) => `${Math.max(8, Math.min(at, most - 8))}px`;
+  element.style.left = within(left, innerWidth - element.offsetWidth);
+  element.style.top = within(bottom + 4, innerHeight - element.offsetHeight);
+};
+const article = (role) => `${role === "admin" ? "an" : "a"} ${role}`;
+// What the reader may do with somebody: [button, question, what follows, method, path, JSON].
+const actionsOn = (user, role, banned) => {
+  if (user === state.me || !may("moderator", "admin")) return [];
+  const rights = {member: "May write, and delete what is their own.",
+    moderator: "May delete messages, kick and ban.", admin: "May do everything, this too."};
+  const roles = Object.keys(rights).filter((one) => one !== role).map((one) =>
+    [`Make ${one}`, `Make ${user} ${article(one)}`, rights[one], "PUT", "role", {role: one}]);
+  return [["Kick", `Kick ${user}`, "Ends all open sockets; may come back.", "POST", "kick"],
+    banned ? ["Unban", `Unban ${user}`, "May log in again.", "POST", "unban"]
+      : ["Ban", `Ban ${user}`, "Out until somebody lifts the ban.", "POST", "ban"],
+    ...(may("admin") ? [...roles, ["New password", `Set ${user}'s password`,
+      "All log-ins of theirs end.", "PUT", "password"]] : [])];
+};
+// Each is asked once more, in place, before it is done.
+const actionRow = (user) => ([label, title, then, method, path, json]) => {
+  const isSecret = path === "password", hidden = isSecret ? '{"new":"…"}' : undefined;
+  const field = make("input", {type: "password", ariaLabel: label, hidden: !isSecret});
+  const no = button("No", () => question.replaceWith(row), ".quiet");
+  const yes = button(title, async () => {
+    $("person").hidePopover();
+    const done = await attempt(method, `users/${encodeURIComponent(user)}/${path}`,
+      isSecret ? {new: field.value} : json, hidden);
+    if (done !== undefined) note(`${title}: done.`);
+  }, /^(Make|Unban)/.test(label) ? ".main" : ".wrong");
+  const question = make("div.ask", make("b", `${title}?`), make("p.small.dim", then), field,
+    make("p.row", yes, no));
+  const row = button(label, () => { row.replaceWith(question); (isSecret ? field : no).focus(); });
+  return row;
+};
+const showPerson = async (user, anchor) => {
+  const show = (role, banned) => {
+    const where = banned ? "banned" : isOnline(user) ? "online" : "away";
+    $("person").replaceChildren(make("div.row", avatar(user), make("p", make("b", user), make("br"),
+      make("span.small.dim", `${role}, ${where}`))), button("Message",
+      () => { $("person").hidePopover(); openRoom(privateWith(user)); }),
+    ...actionsOn(user, role, banned).map(actionRow(user)));
+    float(put($("person"), {ariaLabel: user}), anchor);
+  };
+  show(personOf(user).role, false);
+  const found = may("moderator", "admin") && await attempt("GET",
+    `users?q=${encodeURIComponent(user)}`);
+  const one = found && found.find(({username}) => username === user);
+  if (one && $("person").ariaLabel === user) show(personOf(user).role = one.role, one.banned);
+};
+// More rooms, by twenty, and people who are away: by how their names begin.
+let finding = "rooms", lookTimer = 0;
+const openFinder = (kind, anchor) => {
+  finding = kind; $("finderText").value = "";
+  say("finderLabel", kind === "rooms" ? "Find or make a room" : "Find a person");
+  float($("finder"), anchor); $("finderText").focus(); lookUp();
+};
+const lookUp = async (before = null) => {
+  const q = $("finderText").value.trim(), kind = finding, isRooms = kind === "rooms";
+  const query = {...(q && {q}), ...(isRooms && {limit: 20}), ...(before !== null && {before})};
+  const answer = await attempt("GET", `${kind}?${new URLSearchParams(query)}`) ?? [];
+  if (kind !== finding || q !== $("finderText").value.trim()) return;
+  const row = (text, aside, action) => make("li",
+    button(make("span.cut", text), () => { $("finder").hidePopover(); action(); }),
+    make("span.small.dim", aside));
+  const rows = answer.filter(({room = ""}) => !room.startsWith("@")).map(isRooms
+    ? ({room, online}) => row(`# ${room}`, online ? `${online} here` : "", () => openRoom(room))
+    : ({username, role, banned}) => row(username, banned ? "banned" : role,
+      () => showPerson(username, $("morePeople"))));
+  if (isRooms && answer.length === 20) {
+    rows.push(make("li", button("More", ({target}) => { target.remove();
+      lookUp(answer.at(-1).last_id); })));
+  } else if (isRooms && q && !answer.some(({room}) => room === keyOf(q))) {
+    rows.push(row(`Make # ${q}`, "", () => openRoom(q)));
+  }
+  $("found").replaceChildren(...(before === null ? [] : $("found").children), ...rows);
+  say("foundNothing", rows.length ? "" : "No name begins so.");
+};
+
+// -- The wire explains: what each entry is ------------------------------------------------------
+
+const REQUESTS = [  // by first line and status, the first that fits; else the route's own sentence
+  [/^POST \/login 200/, () => "The password goes up as JSON, a signed token comes back."],
+  [/ 401$/, ({text}) => `${parsed(text)?.detail ?? "Unauthorized"}. It wants a valid token.`],
+  [/ 422$/, () => "Well formed, not valid. The answer names the field."],
+  [/ 4\d\d$/, ({text}) => `Refused: ${parsed(text)?.detail ?? "the answer says what to change"}.`],
+  [/ 5\d\d$/, () => "The server's fault: try again."],
+  [/ -1$/, () => "No answer came: no server, or no network."],
+  [/ 0$/, () => "Waiting for the answer."],
+  [/ 204$/, () => "Done. 204 has no body; the others hear of it by an event."],
+];
+const EVENTS = {
+  welcome: ({user, role}) => `The server speaks first: you are ${user}, ${article(role)}.`,
+  presence: ({users}) => `Who is here: ${Object.keys(users).length} people.`,
+  joined: ({user, room}) => `${user} came into ${room}. A notice: told, not stored.`,
+  left: ({user, room}) => `${user} has left ${room}: no socket is open there any more.`,
+  deleted: ({id}) => `Message ${id} is gone. Every open page takes it out.`,
+  role: ({user, role}) => `${user} is ${article(role)} from now on. Only an admin may do this.`,
+  error: ({message, retry_after: wait}) =>
+    `Refused: ${message}. ${wait ? `It is sent again in ${wait} s.` : "The socket stays open."}`,
+  leave: ({room}) => `No more of ${room} on this socket, please.`,
+  join: ({room, after}) =>
+    `One more room on this socket: ${room}${after ? `, from id ${after} on` : ""}.`,
+  history: ({before, messages}, out) => out
+    ? `Scrolling up: please the messages before id ${before}.`
+    : `The last ${plural(messages.length, "message")}, in one frame.`,
+  typing: ({user}, out) => out ? "You are typing: told at most every 3 s, never stored."
+    : `${user} is typing: announced to the room, never stored.`,
+  message: ({id, user, room}, out, bytes) => out
+    ? `A text frame: no headers, ${bytes} B, to everybody in ${room}.`
+    : user === state.me ? `The same with id ${id}: it is on disk. This is the receipt.`
+      : `${user} wrote. Everybody in ${room} gets this very frame.`,
+};
+const CLOSES = {1000: "closed on purpose. Both sides agree, nothing is lost.",
+  1001: "the server goes away. It is tried again.", 1003: "binary, where only text is taken.",
+  1005: "closed without a code. Both sides agree, nothing is lost.",
+  1006: "no closing frame; the line broke, or the door was shut before 101.",
+  1008: "not allowed any more. The reason given: ",
+    1009: "your frame was larger than the server takes.",
+  1012: "the server restarts. It is tried again.",
+  1013: "you read too slowly, or it is busy. It is tried again."};
+const SOCKETS = {  // the lessons' sockets: chapter, what goes up, what comes back
+  "/ws": [3, "It answers each text.", "Your text, with a few words before it."],
+  "/ws-endpoint": [3, "One text, one answer.", "The answer. Then the server closes."],
+  "/ws/json": [3, "It expects one JSON value a frame.",
+    "The answer: what you sent, parsed and wrapped."],
+  "/ws/inspect": [3, "It tells what it sees.",
+    "What the server saw: first the handshake, then each frame."],
+  "/ws/protected": [7, "It knows who says this.", "The token told it who you are."],
+  "/ws/chat": [10, "", ""], "/ws/{session_id}": [4, "To all in the session.",
+    "All in the session get this."],
+};
+const lessonOf = (path) => SOCKETS[path] ?? SOCKETS["/ws/{session_id}"];
+// The operation of /openapi.json that answers; its tag names the chapter of app.py.
+const operationOf = (method, path) => {
+  const where = path.split("?")[0], {operations} = state;
+  if (where.startsWith("/ws")) {  // it tells of no sockets, so the chapter's other operations serve
+    const number = `${lessonOf(where)[0]}.`;
+    return operations.find(({tag}) => tag.startsWith(number)) ?? {tag: number};
+  }
+  return operations.find((one) => one.pattern.test(where)
+    && (one.method === method || one.path === "/inspect"));
+};
+const chapterOf = (operation) => operation?.tag.replace(/^(\d+)\. ?(.*)/, (_, number, title) =>
+  `chapter ${number}${title && `, ${title}`}`) ?? "the server";
+const learnOperations = async () => {
+  const {paths = {}} = await api("GET", "openapi.json").catch(() => ({}));
+  state.operations = Object.entries(paths).flatMap(([path, methods]) => {
+    const end = path === "/inspect" ? "(/|$)" : "$";
+    const pattern = new RegExp(`^${path.replace(/\{[^}]+\}/g, "[^/]+")}${end}`);
+    return Object.entries(methods).map(([method, {tags: [tag = ""] = [], description = ""}]) =>
+      ({method: method.toUpperCase(), path, pattern, tag,
+        about: description.split(/[.;](\s|$)/)[0]}));
+  });
+  showForm();
+};
+const sentenceOf = (entry) => {
+  const {kind, way, types, texts, bytes, status, picked, code, reason, title, path} = entry;
+  if (kind === "http") {
+    const known = REQUESTS.find(([is]) => is.test(`${title} ${status}`))?.[1](entry);
+    const operation = operationOf(entry.method, path), [chapter] = chapterOf(operation).split(",");
+    const what = operation?.about ? `: ${operation.about.replaceAll("`", "")}.`
+      : ` with ${plural(bytes ?? 0, "byte")}.`;
+    return known ?? `${chapter[0].toUpperCase()}${chapter.slice(1)} answers${what}`;
+  }
+  if (kind === "open") return status ? `101: the connection stops being HTTP here.${
+    picked ? ` Subprotocol ${picked} was picked.` : ""}`
+    : "A GET that asks to become a socket: Upgrade, a key, perhaps subprotocols.";
+  if (kind === "close")
+    return `${code}: ${CLOSES[code] ?? "closed."}${code === 1008 ? `${reason}.` : ""}`;
+  const said = types.length ? parsed(texts.at(-1).split("\n").at(-1)) : {};
+  const more = types.length > 1 ? `${types.length} events, one frame. ` : "";
+  if (EVENTS[said?.type]) return more + EVENTS[said.type](said, way === "out", bytes);
+  const [, up, back] = lessonOf(entry.socket.entry?.path.split("?")[0]);
+  return way === "out" ? `${plural(bytes, "byte")} of text. ${up}` : back;
+};
+
+// -- Drawing the wire --------------------------------------------------------------------------
+
+// A value as JSON, in which what fits on a line is on one; keys, strings and numbers stand out.
+const pretty = (value, indent = "") => {
+  const line = JSON.stringify(value, null, 1).replace(/([[{])\n\s*/g, "$1")
+    .replace(/\n\s*([\]}])/g, "$1").replace(/\n\s*/g, " ");
+  if (line.length + indent.length < 52 || Object(value) !== value) return line;
+  const inner = `${indent}  `, [start, end] = Array.isArray(value) ? "[]" : "{}";
+  const parts = Object.entries(value).map(([key, one]) =>
+    inner + (start === "[" ? "" : `${JSON.stringify(key)}: `) + pretty(one, inner));
+  return `${start}\n${parts.join(",\n")}\n${indent}${end}`;
+};
+const coloured = (line) => {
+  const value = parsed(line), parts = value === undefined ? [line] : pretty(value).slice(0, 20_000)
+    .split(/("(?:[^"\\]|\\.)*"(?:: )?|\b\d[\d.eE+-]*\b)/);
+  return [...parts.map((part, index) => index % 2 === 0 ? part
+    : make(part.endsWith('": ') ? "b" : part[0] === '"' ? "i" : "em", part)), "\n"];
+};
+const section = (title, aside, headers = [], text = "") => make("section",
+  make("h3", title, make("span", aside)), make("dl", ...headers.flatMap(([name, value]) =>
+    [make("dt", name), make("dd", hideSecrets(value))])),
+  ...(text ? [make("pre", {tabIndex: 0}, ...text.split("\n").flatMap(coloured))] : []));
+// A page can read neither what a browser adds nor a 101's headers: only if the server tells it.
+const addedTo = ({kind, seen, text, headers}) => {
+  const echo = seen ?? parsed(text ?? ""), own = new Set(headers.map(([name, value]) =>
+    `${name}: ${value}`));
+  if (!echo?.http_version) return section("Added by the browser", "hidden from scripts",
+    (kind === "open" ? ["host", "origin", "connection", "upgrade", "sec-websocket-key"]
+      : ["host", "user-agent", "accept"]).map((name) => [name, "…"]));
+  const added = echo.headers.filter(([name, value]) => !own.has(`${name}: ${hideSecrets(value)}`));
+  return section("Added by the browser",
+    `${plural(added.length, "header")}, as the server saw them`, added);
+};
+const curlOf = ({kind, method, path, headers, body}) => {
+  const quote = (text) => `'${text.replace(/eyJ\S*…/g, "TOKEN").replaceAll("'", "'\\''")}'`;
+  const upgrade = kind === "http" ? [] : [["connection", "Upgrade"], ["upgrade", "websocket"],
+    ["sec-websocket-version", "13"], ["sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="]];
+  const all = [...headers, ...upgrade].map(([name, value]) => `-H ${quote(`${name}: ${value}`)}`);
+  return [`curl -i -X ${method} ${quote(location.origin + path)}`, ...all,
+    ...(body ? [`--data-raw ${quote(body)}`] : [])].join(" \\\n  ");
+};
+const copy = (text) => navigator.clipboard?.writeText(text)
+  ?? note("Without https the browser lets no page copy.", true);
+const cardOf = (entry) => {
+  const {kind, way, method, path, headers, body, texts, bytes, status, code, at, again,
+    picked} = entry;
+  const exact = `${at.toTimeString().slice(0, 8)}.${String(at.getMilliseconds()).padStart(3, "0")}`;
+  const links = [headers && button("Copy as curl", () => copy(curlOf(entry)), ".link"),
+    again && button("Send again", () => again().catch(() => {}), ".link")].filter(Boolean);
+  const card = make("div.card", make("div.row.small", ...links, make("span.grow.dim", exact)));
+  const head = (bytes < 126 ? 2 : bytes < 65_536 ? 4 : 10) + (way === "out" ? 4 : 0);
+  const size = `${bytes} B, and a head of ${head}${way === "out" ? ", 4 of it the mask" : ""}`;
+  if (kind === "close") card.append(section("Close frame", `code ${code}`, [], texts.join("\n")));
+  else if (!headers) card.append(section("Payload", size, [], texts.join("\n")));
+  else card.append(section("Request", `${method} ${path}`, headers, body), addedTo(entry),
+    kind === "http"
+    ? section("Answer", status > 0 ? `${status} ${entry.reason}` : "none", entry.answered,
+      entry.text)
+    : section("Answer", status ? "101 Switching Protocols" : "none", [
+      ["sec-websocket-accept", "hidden from scripts"], ["sec-websocket-protocol", picked || "none"],
+      ["ping, pong", "a browser answers them itself, and tells no page"]]));
+  return card;
+};
+const chipOf = ({kind, status, code, count, event}) => {
+  if (kind === "open") return [status || "…", status ? "switch" : ""];
+  if (kind === "close") return [code, [1006, 1008, 1009].includes(code) ? "bad" : code === 1013
+    ? "warn" : ""];
+  if (kind === "frame") return event?.type === "error" ? [event.code, "warn"] : [count > 1
+    ? `× ${count}` : "", ""];
+  return [status < 0 ? "failed" : status || "…",
+    status < 0 || status > 499 ? "bad" : status > 299 ? "warn" : status ? "good" : ""];
+};
+const wireRow = keyed((entry) => {
+  const {kind, way = "", lane, through = []} = entry, isSocket = kind === "frame"
+    || kind === "close";
+  const isOpened = entry.socket?.entry.status !== 0;  // else the door was shut before 101
+  const chip = make("span"), preview = make("span.preview.cut"), ms = make("span.number.ms");
+  const bytes = make("span.number"), sentence = make("span.sentence");
+  const details = make("details", make("summary", make("span.head", make("span.unseen",
+    {in: "received: ", out: "sent: "}[way] ?? ""), make("b.cut", entry.title), chip, preview, ms,
+      bytes,
+  make("span.turn")), sentence));
+  const node = isSocket ? make("span", {className: classes("node frame", kind === "close"
+    && "square",
+    chipOf(entry)[1])}, icon(way)) : make("span.node.ring");
+  const item = make("li", {className: classes("entry", way, lane === 1 && "second")},
+    ...through.map((one) => make(one ? "span.pass.second" : "span.pass")),
+    ...(isSocket && isOpened ? [make(`span.pass.own${kind === "close" ? ".last" : ""}`)] : []),
+    node, details);
+  let version = "";
+  return [Object.assign(item, {entry}), () => {
+    const {texts, types, event, opened = false, status} = entry, [text, colour] = chipOf(entry);
+    put(chip, {textContent: text, className: `chip ${colour}`, hidden: !text});
+    put(preview, {textContent: kind !== "frame" ? "" : types.length ? event?.text?.slice(0, 80)
+      ?? event?.user ?? "" : texts.at(-1).slice(0, 80)});
+    put(ms, {textContent: entry.ms === undefined ? "" : `${Math.round(entry.ms)} ms`});
+    put(bytes, {textContent: entry.bytes === undefined ? "" : `${entry.bytes.toLocaleString()} B`});
+    put(sentence, {textContent: sentenceOf(entry)});
+    if (kind === "open" && status
+      && !item.querySelector(".curve")) item.prepend(make("span.curve"));
+    if (version === (version = [opened, status, entry.count, !entry.seen].join())) return;
+    put(details, {open: opened}); details.querySelector(".card")?.remove();
+    if (opened) details.append(cardOf(entry));
+  }];
+});
+const isExplaining = () => $("explain").ariaPressed === "true";
+const drawWire = () => {
+  const wanted = $("filter").value.toLowerCase(), {entries, pausedAt} = state;
+  const until = entries.filter(({at}) => !pausedAt || at <= pausedAt);
+  const rows = until.filter((entry) => [entry.title, entry.status, entry.text, entry.body,
+    sentenceOf(entry), ...entry.texts ?? []].join(" ").toLowerCase().includes(wanted));
+  arrange($("list"), rows.map((entry) => wireRow(entry)));
+  put($("list"), {className: classes(rows.some(({lane}) => lane === 1) && "wide", !isExplaining()
+    && "bare")});
+  say("pause", pausedAt ? `Paused, ${entries.length - until.length}` : "Pause");
+  say("chapter", `Answered by ${chapterOf(operationOf($("method").value, $("path").value))}`);
+};
+// Opens or closes an entry. Its title stays where it is, and so does what is open, whatever comes.
+const openEntry = (event) => {
+  const row = event.target.closest("summary") && event.target.closest("li");
+  if (!row) return;
   event.preventDefault();
-  if (entering) return;
-  entering = true;
+  const scroller = event.currentTarget, before = topOf(row);
+  row.entry.opened = !row.entry.opened; wireRow(row.entry);
+  scroller.scrollTop += topOf(row) - before;
+  if (row.entry.opened && scroller.scrollTop > -1) scroller.scrollTop = -1;
+};
+
+// -- What people do ----------------------------------------------------------------------------
+
+const LONGEST = 4_000;  // characters of a message
+const HELP = `/msg bob hi     says hi to bob alone
+/join tea       opens a room
+/who            who is here
+/search words   finds messages in this room
+//word          says "/word"`;
+// What a form does: one thing at a time; what goes wrong is told in `problem`.
+let isBusy = false;
+const onSubmit = (form, problem, action) => on(form, "submit", async (event) => {
+  event.preventDefault();
+  if (isBusy) return;
+  isBusy = true; say(problem, "");
+  try { await action(event); } catch (error) { say(problem, error.message); }
+  isBusy = false;
+});
+const enter = (token, stay) => {
+  takeLogIn(token, stay); state.problem = $("password").value = ""; connect();
+};
+onSubmit("credentials", "problem", async ({submitter}) => {
   const credentials = {username: $("username").value, password: $("password").value};
+  const stay = $("stay").checked;
   for (const field of ["username", "password"]) {
-    $(`${field}Problem`).textContent = "";
-    $(field).ariaInvalid = "false";
+    say(`${field}Problem`, ""); put($(field), {ariaInvalid: "false"});
   }
   try {
-    if (event.submitter?.value === "register") await api("POST", "register", credentials);
-    enter((await api("POST", "login", credentials)).access_token);
+    if (submitter?.value === "register") await api("POST", "register", credentials);
+    enter((await api("POST", "login", {...credentials, stay})).access_token, stay);
   } catch (error) {
     const field = error.field ?? {401: "password", 409: "username"}[error.status];
-    $(field ? `${field}Problem` : "problem").textContent = error.message;
-    if (field) { $(field).ariaInvalid = "true"; $(field).focus(); }
+    if (!$(`${field}Problem`)) throw error;
+    say(`${field}Problem`, error.message); put($(field), {ariaInvalid: "true"}).focus();
   }
-  entering = false;
 });
-
-$("pasted").addEventListener("submit", (event) => {
-  event.preventDefault();
-  enter($("token").value.trim());
+onSubmit("pasted", "problem", () => enter($("token").value.trim(), false));
+onSubmit("againForm", "againProblem", async () => {
+  const {me: username, login: {stay}} = state, password = $("againPassword").value;
+  const {access_token: token} = await api("POST", "login", {username, password, stay});
+  $("againForm").reset(); enter(token, stay);
 });
-$("logOut").addEventListener("click", async () => {
-  await act("POST", "logout");
-  if (token) refuse("Logged out");  // also when the server cannot be asked
+onSubmit("passwordForm", "changeProblem", async () => {
+  const both = {old: $("old").value, new: $("new").value};
+  const {access_token: token} = await api("PUT", "me/password", both, '{"old":"…","new":"…"}');
+  $("passwords").close(); enter(token, state.login.stay);
+  for (const news of [state.login, null]) keep("news", news);  // the other tabs hear of it
+  note("The password is changed.");
 });
-
-// Does something over HTTP, and says in the room what came of it.
-const act = async (method, path, json = undefined, done = "") => {
-  try {
-    await api(method, path, json);
-    if (done) note(done);
-  } catch (error) { note(`Error: ${error.message}`); }
-  lookAround();
+const logOut = async () => {
+  await attempt("POST", "logout");
+  if (state.login) refuse("Logged out");  // also when the server cannot be asked
 };
-
-const HELP = `/msg bob hi  says hi to bob alone
-/join tea    opens a room
-/who         who is here`;
-
+on("logOut", "click", logOut);
+on("againOut", "click", logOut);
+on("passwordsOut", "click", () => $("passwords").close());
+on("changePassword", "click", () => {
+  $("myMenu").hidePopover(); $("passwordForm").reset(); $("passwords").showModal();
+});
+on("myMenu", "beforetoggle", () => {
+  const {can, isOn, why} = notifications();
+  put($("notify"), {textContent: isOn ? "Notify me no more" : "Notify me", disabled: !can});
+  say("notifyWhy", why);
+});
+on("notify", "click", async () => {
+  const wish = !notifications().isOn && await Notification.requestPermission() === "granted";
+  keep(`notify.${state.me}`, wish || null); $("myMenu").hidePopover();
+});
+// Searches the room that is open; `before`: what was found so far.
+const find = async (q, before = []) => {
+  const room = state.current, search = state.search = {q, found: before[0] && before};
+  render();
+  const query = new URLSearchParams({q, ...(before[0] && {before: before.at(-1).id})});
+  const {messages = [], more} = await attempt("GET", `${pathOf(room.name)}?${query}`) ?? {};
+  if (state.search === search) state.search = {q, more, found: [...before, ...messages.reverse()]};
+  render();
+};
+// Shows a message in its place; if that is long ago, that part of the room in place of its end.
+const jump = async ({id}) => {
+  const room = state.current;
+  if (!room.items.has(id)) {
+    const page = await attempt("GET", `${pathOf(room.name)}?after=${id - 1}&limit=50`);
+    if (!page) return;
+    const items = new Map(page.messages.map((one) => [one.id, one]));
+    Object.assign(room, {items, past: page.more, more: true});
+  }
+  Object.assign(state, {search: null, hit: room.items.get(id)}); draw();
+  messageRow(state.hit).scrollIntoView({block: "center"}); messageRow(state.hit).focus();
+};
+const toNewest = (room) => {
+  if (room.past) Object.assign(room, {joined: "no", last: null});
+  join(room); $("chatLog").scrollTop = 0; render();
+};
+const toggleSearch = (open) => {
+  $("searching").hidden = !open; put($("search"), {ariaExpanded: String(open)});
+  if (open) $("query").focus(); else openRoom(state.current.name);
+};
+on("search", "click", () => toggleSearch($("searching").hidden));
+onSubmit("searching", "hint", () => find($("query").value.trim()));
 // Does what a line says that begins with "/". False: it is not understood.
 const command = (text) => {
-  const [, name, rest] = text.match(/^(\S+)\s*([^]*)$/);
-  const [, user, words] = rest.match(/^(\S*)\s*([^]*)$/);
-  if (name === "/msg" && words) { openRoom(privateWith(user)); post(current, words); }
-  else if (name === "/join" && user) openRoom(user);
-  else if (name === "/who") note(`Here: ${[...current.here].sort().join(", ")}`);
-  else if (name === "/help") note(HELP);
-  else return false;
-  return true;
+  const [, name, rest] = text.match(/^(\S+)\s*([^]*)$/), [, user,
+    words] = rest.match(/^(\S*)\s*([^]*)$/);
+  if (name === "/msg" && words) { openRoom(privateWith(user)); post(state.current, words); }
+  else if (name === "/join" && rest) openRoom(rest);
+  else if (name === "/who") note(`Here: ${[...state.current.here].sort().join(", ")}`);
+  else if (name === "/search" && rest) { toggleSearch(true); $("query").value = rest; find(rest); }
+  else if (name === "/help") note(HELP); else return false; return true;
 };
-
-$("composer").addEventListener("submit", (event) => {
+on("composer", "submit", (event) => {
+  const text = $("messageText").value.trim(), room = state.current;
   event.preventDefault();
-  const text = $("messageText").value.trim();
-  if (!text || !current) return;
-  const room = current;
-  if (!text.startsWith("/")) post(current, text);
-  else if (!command(text)) return note("Error: unknown command; /help lists them");
-  if (current === room) $("messageText").value = "";
-  keep(localStorage, `draft.${me}.${room.key}`, null);
+  if (!text || [...text].length > LONGEST) return;
+  if (!text.startsWith("/") || text.startsWith("//")) post(room, text.replace(/^\/\//, "/"));
+  else if (!command(text)) return note("Error: unknown command; /help lists them", true);
+  if (state.current === room) $("messageText").value = "";
+  keep(draftOf(room), null); render();
 });
-
-$("messageText").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    $("composer").requestSubmit();
-  }
+on("messageText", "keydown", (event) => {  // 229: Safari's Enter that accepts a candidate
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  event.preventDefault(); $("composer").requestSubmit();
 });
-
 let typedAt = 0;
-$("messageText").addEventListener("input", ({target}) => {
-  keep(localStorage, `draft.${me}.${current.key}`, target.value || null);
-  if (target.value && !target.value.startsWith("/") && Date.now() - typedAt > 3000) {
-    typedAt = Date.now();
-    transmit({type: "typing", room: current.name});
+on("messageText", "input", ({target: {value}}) => {
+  keep(draftOf(state.current), value || null);
+  if (value && !value.startsWith("/") && Date.now() - typedAt > 3_000) {
+    typedAt = Date.now(); transmit({type: "typing", room: state.current.name});
   }
+  render();
 });
-
-$("chatLog").addEventListener("scroll", ({target}) => {
-  const below = target.scrollHeight - target.scrollTop - target.clientHeight;
-  if (below < 40) stick = true;
-  else if (target.scrollTop < lastTop) stick = false;  // what comes below is no scrolling up
-  lastTop = target.scrollTop;
-  if (stick) $("newest").hidden = true;
-  else if ($("newest").hidden) {
-    $("newest").textContent = "Jump to the newest";
-    $("newest").hidden = below < 400;
-  }
-  loadOlder();
-});
-
 const loadOlder = () => {
-  const oldest = current?.items.find((item) => item.id);
-  if ($("chatLog").scrollTop < 200 && current?.more && !current.loading && oldest) {
-    current.loading = true;
-    transmit({type: "history", room: current.name, before: oldest.id});
-  }
+  const room = state.current, log = $("chatLog"), before = oldestOf(room);
+  const above = log.scrollHeight - log.clientHeight + log.scrollTop;
+  if (above > 200 || !room.more || room.loading || room.joined !== "yes" || state.search) return;
+  room.loading = true; transmit({type: "history", room: room.name, before});
 };
-
-new ResizeObserver(follow).observe($("chatLog"));
-$("newest").addEventListener("click", () => {
-  stick = true;
-  toNewest();
-  $("messageText").focus();
-});
-$("leave").addEventListener("click", leaveRoom);
-$("joinRoom").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const name = $("roomToJoin").value.trim();
-  $("roomToJoin").value = "";
-  if (name) openRoom(name);
-});
-const openMenu = (open) => {
-  const hadFocus = $("side").contains(document.activeElement);
-  $("side").classList.toggle("open", open);
-  $("menu").ariaExpanded = String(open);
-  if (open) $("side").querySelector("button").focus();
-  else if (hadFocus && $("menu").offsetParent) $("menu").focus();
+// The tools of a message: one panel, which goes to the message that is pointed at or in focus.
+const tools = make("div.tools");
+const showTools = ({target}) => {
+  const row = target.closest?.(".message"), item = row?.item;
+  if (!item?.id || item.gone || tools.parentNode === row) return;
+  const remove = button("Delete", () => {
+    if (remove.textContent === "Delete") remove.textContent = "Really delete?";
+    else attempt("DELETE", `${pathOf(item.room)}/${item.id}`);
+  }, ".delete");
+  remove.hidden = item.user !== state.me && !may("moderator", "admin");
+  const when = timeOf(item.at);
+  when.hidden = !item.grouped;
+  tools.replaceChildren(when, button("Copy", () => copy(item.text)),
+    button("On the wire", () => showOnWire(item)), remove);
+  row.append(tools);
 };
-$("menu").addEventListener("click", () => openMenu(!$("side").classList.contains("open")));
-$("chatLog").addEventListener("click", () => openMenu(false));
-document.addEventListener("keydown", ({key}) => {
-  if (key !== "Escape") return;
-  openMenu(false);
-  if ($("wire").contains(document.activeElement)) closeWire();
+for (const type of ["pointerover", "focusin"]) on("chatLog", type, showTools);
+on("chatLog", "keydown", ({key, target}) => {  // arrows go from message to message
+  const row = target.closest(".message"), next = {ArrowUp: "previous", ArrowDown: "next"}[key];
+  if (next) (row?.[`${next}ElementSibling`] ?? $("messages").lastElementChild)?.focus();
 });
-addEventListener("focus", lookAround);  // a role may have changed meanwhile
-document.addEventListener("visibilitychange", showSide);
+on("chatLog", "scroll", render);
+on("newest", "click", () => { toNewest(state.current); $("messageText").focus(); });
+on("leave", "click", () => leaveRoom(state.current));
+on("now", "click", () => state.connection === "logged out" ? $("again").showModal() : connect());
+on("moreRooms", "click", () => openFinder("rooms", $("moreRooms")));
+on("morePeople", "click", () => openFinder("users", $("morePeople")));
+on("finderText", "input", () => { clearTimeout(lookTimer); lookTimer = setTimeout(lookUp, 150); });
+on("finderText", "keydown", ({key}) => {
+  if (key === "Enter") $("found").querySelector("button")?.click(); });
+const addressed = () => decodeURIComponent(location.hash.slice(1));
+addEventListener("hashchange", () => {
+  if (state.me && keyOf(addressed() || "lobby") !== state.current.key) openRoom(addressed()
+    || "lobby");
+});
+document.addEventListener("keydown", ({key, target}) => {
+  if (key === "Escape" && $("wire").contains(target)) $("closeWire").click();
+  if (key === "Escape" && $("searching").contains(target)) toggleSearch(false);
+});
 
-const showPerson = (user) => {
-  const role = roles.get(user);
-  $("personName").textContent = user;
-  $("personRole").textContent = role ? `${role}, online` : "not online";
-  $("newRole").value = role ?? "member";
-  $("moderation").hidden = user === me || !may("moderator", "admin");
-  $("roleRow").hidden = !may("admin");
-  $("person").returnValue = "";
-  $("person").showModal();
+// -- The wire's form ---------------------------------------------------------------------------
+
+const showWire = (open) => {
+  $("wire").hidden = !open; $("app").classList.toggle("wired", open);
+  $("wireButton").ariaExpanded = String(open);
+  $("room").inert = open && matchMedia("(max-width: 700px)").matches;
+  $("try").open = !$("room").inert;
+  if (open && !state.operations.length) learnOperations();
+  render();
 };
-
-$("person").addEventListener("close", () => {
-  const user = $("personName").textContent;
-  const path = `users/${encodeURIComponent(user)}`;
-  const action = $("person").returnValue;
-  const role = $("newRole").value;
-  if (!current) return;
-  if (action === "message") openRoom(privateWith(user));
-  else if (action === "role") act("PUT", `${path}/role`, {role}, `${user}: ${role}`);
-  else if (action) act("POST", `${path}/${action}`, undefined, `${user}: ${action}`);
-});
-
-// -- The wire's forms ------------------------------------------------------------------------
-
-const toggleWire = () => {
-  $("wire").hidden = !$("wire").hidden;
-  $("wireButton").ariaExpanded = String(!$("wire").hidden);
-  if (!$("wire").hidden) showWire();
+on("wireButton", "click", () => showWire($("wire").hidden));
+on("closeWire", "click", () => { showWire(false); $("wireButton").focus(); });
+on("filter", "input", render);
+on("clear", "click", () => { state.entries = []; render(); });
+const press = (button, isPressed) => { button.ariaPressed = String(isPressed); render(); };
+on("explain", "click", ({target}) => press(target, !isExplaining()));
+on("pause", "click", ({target}) =>
+  press(target, Boolean(state.pausedAt = state.pausedAt ? null : new Date())));
+const showEntry = (entry, block) => {
+  entry.opened = true; drawWire(); wireRow(entry).scrollIntoView({block});
 };
-$("wireButton").addEventListener("click", toggleWire);
-const closeWire = () => { toggleWire(); $("wireButton").focus(); };
-$("closeWire").addEventListener("click", closeWire);
-$("filter").addEventListener("input", showWire);
-$("clear").addEventListener("click", () => { entries = []; showWire(); });
-$("pause").addEventListener("click", () => {
-  paused = !paused;
-  $("pause").ariaPressed = String(paused);
-  if (!paused) showWire();
-});
-
-$("request").kind.addEventListener("change", ({target}) => {
-  const form = $("request");
-  form.file.hidden = target.value !== "file";
-  form.body.hidden = !["JSON", "form"].includes(target.value);
-  form.body.value = target.value === "JSON" ? '{"hello": "world"}' : "name=Ann\nname=Bob";
-  if (target.value !== "no body" && form.method.value === "GET") form.method.value = "POST";
-});
-
-// Lines like "name: value" or "name=value", as pairs.
-const pairs = (lines, separator) => lines.split("\n").filter((line) => line.includes(separator))
-  .map((line) => [line.slice(0, line.indexOf(separator)).trim(),
-    line.slice(line.indexOf(separator) + 1).trim()]);
-
-const headersAndBody = (form) => {
-  const text = form.body.value;
-  switch (form.kind.value) {
-    case "JSON": return [{"Content-Type": "application/json"}, text];
-    case "form": return [{"Content-Type": "application/x-www-form-urlencoded"},
-      new URLSearchParams(pairs(text, "=")).toString()];
-    case "file": {
-      const data = new FormData();
-      data.append("file", form.file.files[0] ?? "");
-      return [{}, data];
-    }
-    default: return [{}, undefined];
-  }
+const showOnWire = ({id, mid}) => {
+  const entry = state.entries.findLast(({texts = []}) => texts.some((text) =>
+    text.includes(`"id":${id},`) || (mid && text.includes(`"mid":"${mid}"`))));
+  showWire(true); $("filter").value = "";
+  if (entry) showEntry(entry, "center"); else note("It is not among what the wire still shows.");
 };
-
-$("request").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  const form = event.target;
-  form.querySelector(".pair").hidden = false;
-  try {
-    const [headers, body] = headersAndBody(form);
-    Object.assign(headers, Object.fromEntries(pairs(form.headers.value, ":")));
-    const path = `inspect/${form.path.value}${form.query.value && `?${form.query.value}`}`;
-    const answer = await request(form.method.value, path, headers, body);
-    $("sent").textContent = answer.sent;
-    $("seen").textContent = hideSecrets(pretty(answer.text));
-  } catch (error) {
-    $("sent").textContent = "nothing";
-    $("seen").textContent = error.message;
-  }
-});
-
 let tried = null;  // the socket that the form talks to
-$("openSocket").addEventListener("click", () => {
-  if (tried) return tried.close();
-  tried = openSocket(socketUrl($("socketForm").path.value.slice(1)));
-  tried.addEventListener("open", () => {
-    $("openSocket").textContent = "Close";
-    $("answer").textContent = "open";
-  });
-  tried.addEventListener("message", ({data}) => { $("answer").textContent = pretty(data); });
-  tried.addEventListener("close", ({code}) => {
-    tried = null;
-    $("openSocket").textContent = "Open";
-    $("answer").textContent = `closed: ${code}`;
-  });
+const showForm = () => {
+  const isSocket = $("method").value === "WS", kind = $("kind").value;
+  put($("socketRow"), {hidden: !isSocket});
+  say("go", !isSocket ? "Send" : tried ? "Close" : "Open");
+  put($("sendFrame"), {disabled: tried?.readyState !== WebSocket.OPEN});
+  put($("file"), {hidden: kind !== "file"});
+  put($("body"), {hidden: kind === "no body" || kind === "file"});
+  const paths = new Set(isSocket ? Object.keys(SOCKETS) : state.operations.map(({path}) => path));
+  $("paths").replaceChildren(...[...paths].map((value) => make("option", {value}))); render();
+};
+const bodies = {JSON: '{"hello": "world"}', form: "name=Ann\nname=Bob"};  // as they were typed
+on("kind", "change", ({target: {value: kind}}) => {
+  if (kind in bodies) $("body").value = bodies[kind];
+  if (kind !== "no body" && $("method").value === "GET") $("method").value = "POST";
+  showForm();
 });
-$("socketForm").addEventListener("submit", (event) => {
-  event.preventDefault();
-  if (tried?.readyState === WebSocket.OPEN) sendFrame(tried, event.target.text.value);
-  else $("answer").textContent = "Open the socket first";
+on("body", "input", ({target}) => { bodies[$("kind").value] = target.value; });
+on("fold", "click", ({target}) => {
+  $("more").hidden = !$("more").hidden; target.ariaExpanded = String(!$("more").hidden);
+});
+on("method", "change", ({target}) => {
+  const isSocket = target.value === "WS", path = $("path");
+  if (isSocket !== path.value.startsWith("/ws")) path.value = isSocket ? "/ws/json"
+    : "/inspect/hello?a=1&a=2";
+  showForm();
+});
+on("path", "input", render);
+// Lines like "name: value" or "name=value", as pairs.
+const pairs = (lines, sign) => lines.split("\n").filter((line) => line.includes(sign)).map((line) =>
+  [line.slice(0, line.indexOf(sign)).trim(), line.slice(line.indexOf(sign) + 1).trim()]);
+const bodyOf = (kind, text) => {  // its content type, and itself
+  if (kind === "JSON") return ["application/json", text];
+  if (kind === "form") return ["application/x-www-form-urlencoded",
+    `${new URLSearchParams(pairs(text, "="))}`];
+  const data = new FormData();
+  data.append("file", $("file").files[0] ?? "");
+  return [null, kind === "file" ? data : undefined];
+     // the browser adds a file's type, with the boundary
+};
+const trySocket = async () => {
+  if (tried) return tried.close();
+  if ($("path").value === "/ws/{session_id}") {
+    $("path").value = `/ws/${(await api("POST", "create-session")).session_id}`;
+  }
+  const url = socketUrl($("path").value), {token} = state.login;
+  if ($("withToken").checked || url.pathname === "/ws/protected") url.searchParams.set("token",
+    token);
+  tried = openSocket(url); tried.addEventListener("open", showForm);
+  tried.addEventListener("close", () => { tried = null; showForm(); }); showForm();
+};
+onSubmit("form", "formProblem", async ({submitter}) => {
+  const method = $("method").value, [type, body] = bodyOf($("kind").value, $("body").value);
+  if (method === "WS" && submitter !== $("go") && tried) return sendFrame(tried,
+    $("frameText").value);
+  if (method === "WS") return trySocket();
+  const headers = pairs($("headers").value, ":");
+  if (type) headers.unshift(["Content-Type", type]);
+  if ($("withToken").checked) headers.push(["Authorization", `Bearer ${state.login.token}`]);
+  const {entry} = await request(method, $("path").value, headers, body);
+  showEntry(entry, "start");
 });
 
-if (token) connect();
+// -- The start: the log-in page shows what a log-in is going to put on the wire ------------------
+
+const JSON_TYPE = [["content-type", "application/json"]], frames = [
+  ["in", {type: "welcome", user: "mira", role: "member"}, 111, 2],
+  ["in", {type: "history", room: "lobby", messages: [{id: 1040}, {id: 1041}]}, 1_397, 5],
+  ["out", {type: "message", room: "lobby", text: "大家好", mid: "k3-9f"}, 87],
+  ["in", {type: "message", id: 1042, room: "lobby", user: "sara", text: "大家好"}, 129, 9],
+  ["in", {type: "typing", room: "lobby", user: "jonas"}, 47]];
+const sample = [{kind: "http", method: "POST", path: "/login", title: "POST /login", status: 200,
+  reason: "OK", ms: 212, bytes: 437, headers: JSON_TYPE, answered: JSON_TYPE,
+  body: '{"username":"mira","password":"…"}',
+  text: '{"access_token":"eyJhbGciOi…","token_type":"bearer","expires_in":3600}'},
+{kind: "open", method: "GET", path: "/ws/chat", title: "GET /ws/chat", status: 101, ms: 4,
+  picked: "lobby.v1", headers: [["sec-websocket-protocol", "lobby.v1, bearer.eyJhbGciOi…"]]},
+...frames.map(([way, event, bytes, ms]) => ({kind: "frame", way, event, bytes, ms,
+  title: event.type,
+  types: [event.type], texts: [JSON.stringify(event)]})),
+{kind: "close", way: "in", title: "close", code: 1000, bytes: 2, texts: ["1000"]}];
+$("sample").append(...sample.map((entry) => wireRow(Object.assign(entry, {at: new Date()}))));
+for (const id of ["frames", "sample"]) on(id, "click", openEntry);
+const DEMO = {user1: "password1", user2: "password2", admin: "adminpassword"};
+$("demo").hidden = !["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+$("demo").lastElementChild.append(...Object.entries(DEMO).map(([name, password]) => button(name,
+  () => {
+  for (const [id, value] of Object.entries({username: name, password})) $(id).value = value;
+  $("credentials").requestSubmit();
+}, ".quiet")));
+showForm();
+state.login = kept("login", null, sessionStorage) ?? kept("login");
+if (state.login) { watchLogIn(); connect(); } else render();
 </script>
 </body>
 </html>

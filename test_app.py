@@ -4143,7 +4143,23 @@ def write(page: Any, text: str) -> None:
 
 def shown(page: Any, text: str) -> Any:
     """A message in the log, as the server has confirmed it."""
-    return page.locator("#messages .message", has_text=text)
+    return page.locator(".message:not(.waiting, .failed)", has_text=text)
+
+
+def side(page: Any, name: str) -> Any:
+    """A room or a person in the side bar."""
+    return page.get_by_role("navigation").get_by_role("button", name=re.compile(f"^{name}"))
+
+
+def entry(page: Any, text: str) -> Any:
+    """The newest entry of the wire that has this in its line or its sentence."""
+    return page.locator("#wire summary", has_text=text).last
+
+
+def log_out(page: Any) -> None:
+    page.get_by_role("button", name="Your menu").click()
+    page.get_by_role("button", name="Log out", exact=True).click()
+    page.locator("#problem", has_text="Logged out").wait_for()
 
 
 def write_texts(server: Server, count: int) -> Chat:
@@ -4170,21 +4186,35 @@ def test_two_people_chat_in_their_browsers(
 ) -> None:
     server = serve()
     one, two = open_page(server, "user1"), open_page(server, "user2")
-    one.locator("#chatLog", has_text="user2 joined the chat!").wait_for()
-    write(one, "see https://example.org/a?b=c.")
+    one.get_by_role("log").get_by_text("user2 joined").wait_for()
+    write(one, "see https://example.org/a?b=c. `code` @user2")
     link = shown(two, "see").locator("a")
     assert link.get_attribute("href") == "https://example.org/a?b=c"
     assert "noopener" in link.get_attribute("rel")
+    assert shown(two, "see").locator("code").inner_text() == "code"
+    two.locator(".mention", has_text="@user2").wait_for()
     two.press("#messageText", "h")
-    one.locator("#typing", has_text="Typing: user2").wait_for()
+    one.get_by_text("user2 is typing").wait_for()
     write(two, "hello")
     shown(one, "hello").wait_for()
-    one.locator("#typing:empty").wait_for(state="attached")
-    assert shown(two, "hello").locator(".state").inner_text() == "sent"
-    one.locator("#people", has_text="user2").wait_for()
+    one.get_by_text("user2 is typing").wait_for(state="detached")
+    write(two, "//slash")
+    shown(one, "/slash").wait_for()
+    side(one, "user2").wait_for()
     two.close()
-    one.locator("#chatLog", has_text="user2 left the chat!").wait_for()
-    one.locator("#people:not(:has-text('user2'))").wait_for()
+    side(one, "user2").wait_for(state="detached")
+    assert one.get_by_role("log").get_by_text("user2 left").count() == 1
+
+
+def test_reloads_are_no_news(serve: Callable[..., Server], open_page: Callable[..., Any]) -> None:
+    server = serve()
+    one, two = open_page(server, "user1"), open_page(server, "user2")
+    one.get_by_text("user2 joined").wait_for()
+    for _ in range(3):
+        two.reload()
+        two.get_by_text("connected", exact=True).wait_for()
+    side(one, "user2").wait_for()
+    assert one.locator(".notice").all_inner_texts() == ["user2 joined"]
 
 
 def test_hostile_text_stays_text_everywhere(
@@ -4193,18 +4223,33 @@ def test_hostile_text_stays_text_everywhere(
     hostile = "<img src=x onerror=alert(1)>"
     server = serve()
     one, two = open_page(server, "user1"), open_page(server, "user2")
-    two.click("#wireButton")
+    two.get_by_role("button", name="Wire").click()
     write(one, hostile)
     shown(two, hostile).wait_for()
-    two.locator("#frames summary", has_text="message").first.click()
-    two.locator("#frames pre", has_text="<img").wait_for()
-    two.fill("#roomToJoin", hostile)
-    two.click("#joinRoom button")
-    two.locator("#rooms button", has_text="<img").wait_for()
-    two.locator(".notice", has_text="No such room").wait_for()
+    entry(two, "user1 wrote").click()
+    two.locator("#wire pre", has_text="<img").wait_for()
+    write(two, f"/join {hostile}")
+    two.get_by_text("cannot be opened").wait_for()
     write(two, f"/msg {hostile}")
     two.locator(".failed", has_text="No such room or person").wait_for()
     assert one.locator("img").count() == two.locator("img").count() == 0
+
+
+def test_a_room_that_is_refused_does_not_stay(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    write(page, "/join two words")
+    page.get_by_text("#two words cannot be opened").wait_for()
+    write(page, "/join tea")
+    page.get_by_role("heading", name="# tea").wait_for()
+    side(page, "two words").wait_for(state="detached")
+    assert page.url.endswith("#tea")
+    page.reload()
+    page.get_by_role("heading", name="# tea").wait_for()
+    page.get_by_role("button", name="Leave").click()
+    side(page, "tea").wait_for(state="detached")
 
 
 def test_what_is_wrong_with_a_log_in_is_said_beside_the_field(
@@ -4219,21 +4264,80 @@ def test_what_is_wrong_with_a_log_in_is_said_beside_the_field(
     ]:
         page.fill("#username", name)
         page.fill("#password", password)
-        page.click("text=Register")
+        page.get_by_role("button", name="Register").click()
         page.locator(f"#{field}Problem", has_text=words).wait_for()
         assert page.get_attribute(f"#{field}", "aria-invalid") == "true"
     page.fill("#password", "long enough")
-    page.click("text=Register")
+    page.get_by_role("button", name="Register").click()
     page.get_by_text("connected", exact=True).wait_for()
     assert page.inner_text("#myName") == "Zoë"
     page.reload()  # a tab stays logged in until it closes
     page.get_by_text("connected", exact=True).wait_for()
-    page.click("text=Log out")
-    page.locator("#problem", has_text="Logged out").wait_for()
+    log_out(page)
     page.click("text=Use a token")
     page.fill("#token", server.token("admin"))
     page.click("text=Connect with the token")
     page.locator("#myName", has_text="admin").wait_for()
+
+
+def test_a_log_in_is_renewed_and_kept_for_whoever_wants_that(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve(token_minutes="0.05")
+    page = open_page(server, "", log_in=False)
+    page.fill("#username", "user1")
+    page.fill("#password", "password1")
+    page.get_by_label("Stay logged in").check()
+    page.get_by_role("button", name="Log in").click()
+    page.get_by_text("connected", exact=True).wait_for()
+    page.get_by_role("button", name="Wire").click()
+    entry(page, "POST /renew").wait_for()
+    again = page.context.new_page()
+    page.close()
+    again.goto(server.url)
+    again.get_by_text("connected", exact=True).wait_for()
+
+
+def test_a_log_in_that_ends_asks_for_the_password_and_nothing_is_lost(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve(token_minutes="0.05")
+    page = open_page(server, "user1")
+    write(page, "/join tea")
+    page.get_by_role("heading", name="# tea").wait_for()
+    page.fill("#messageText", "half a sentence")
+    page.route("**/renew", lambda route: route.abort())
+    dialog = page.get_by_role("dialog", name="Your log-in has ended, user1")
+    dialog.get_by_label("Password").fill("wrong")
+    dialog.get_by_role("button", name="Log in again").click()
+    dialog.get_by_role("alert").get_by_text("Bad username or password").wait_for()
+    dialog.get_by_label("Password").fill("password1")
+    dialog.get_by_role("button", name="Log in again").click()
+    page.get_by_text("connected", exact=True).wait_for()
+    page.get_by_role("heading", name="# tea").wait_for()
+    assert page.input_value("#messageText") == "half a sentence"
+
+
+def test_a_password_is_changed_for_all_tabs_of_the_browser(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    one = open_page(server, "user1")
+    two = open_page(server, "user1", beside=one)
+    one.get_by_role("button", name="Your menu").click()
+    one.get_by_role("button", name="Change password").click()
+    dialog = one.get_by_role("dialog", name="Change password")
+    for old in ("wrong password", "password1"):
+        dialog.get_by_label("Password now").fill(old)
+        dialog.get_by_label("New password").fill("another one")
+        dialog.get_by_role("button", name="Change").click()
+        if old != "password1":
+            dialog.get_by_role("alert").filter(has_text=re.compile(".")).wait_for()
+    one.get_by_text("The password is changed.").wait_for()
+    write(one, "from one")
+    shown(two, "from one").wait_for()
+    write(two, "from two")
+    shown(one, "from two").wait_for()
 
 
 def test_private_conversations_in_the_browser(
@@ -4242,9 +4346,8 @@ def test_private_conversations_in_the_browser(
     server = serve()
     one, two = open_page(server, "user1"), open_page(server, "user2")
     write(one, "/msg USER2 just us")
-    one.locator("#roomName", has_text="Private: user2").wait_for()
-    unread = two.locator("#private button", has_text="user1")
-    assert unread.locator(".unread").inner_text() == "1"
+    one.get_by_role("heading", name="user2").wait_for()
+    unread = two.get_by_role("button", name="user1 1 unread")
     wait_for_title(two, "(1) Lobby")
     assert shown(two, "just us").count() == 0
     unread.click()
@@ -4253,9 +4356,32 @@ def test_private_conversations_in_the_browser(
     write(two, "and nobody else")
     shown(one, "and nobody else").wait_for()
     one.reload()
-    one.locator("#private button", has_text="user2").click()
-    shown(one, "and nobody else").wait_for()
+    shown(one, "and nobody else").wait_for()  # the address names the room
     assert one.locator("#private button").count() == 1
+    one.get_by_role("button", name="Leave").click()
+    one.locator("#private button").wait_for(state="detached")
+    one.reload()
+    one.get_by_text("connected", exact=True).wait_for()
+    assert one.locator("#private button").count() == 0
+    write(two, "come back")
+    one.get_by_role("button", name="user2 1 unread").wait_for()
+
+
+def test_a_line_shows_where_the_new_ones_begin(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    author = write_texts(server, 40)
+    page = open_page(server, "user1")
+    shown(page, "text 39.").wait_for()
+    write(page, "/join tea")
+    page.get_by_text("#tea is new").wait_for()
+    for n in range(2):
+        author.say(f"later {n}.", f"l{n}")
+    page.get_by_role("button", name="lobby 2 unread").click()
+    page.get_by_text("2 new", exact=True).wait_for()
+    follows = page.locator(".new + .message")
+    assert "later 0." in follows.inner_text()
 
 
 def test_moderation_in_the_browser(
@@ -4265,26 +4391,83 @@ def test_moderation_in_the_browser(
     admin, member = open_page(server, "admin"), open_page(server, "user1")
     write(member, "mine")
     write(admin, "not yours")
-    shown(member, "not yours").wait_for()
-    assert shown(member, "not yours").locator("button", has_text="Delete").count() == 0
+    shown(member, "not yours").hover()
+    assert shown(member, "not yours").get_by_role("button", name="Delete").count() == 0
     shown(admin, "mine").hover()
     shown(admin, "mine").get_by_role("button", name="Delete").click()
-    shown(admin, "mine").get_by_role("button", name="Really delete?").click()
-    shown(member, "mine").wait_for(state="detached")
-    member.click("#people button:has-text('admin')")
-    assert not member.is_visible("#moderation") and not member.is_visible("#roleRow")
-    member.click("dialog >> text=Close")
-    admin.click("#people button:has-text('user1')")
-    admin.select_option("#newRole", "moderator")
-    admin.click("text=Set role")
-    admin.locator("#people button", has_text="moderator").wait_for()
-    member.reload()
-    member.get_by_text("connected", exact=True).wait_for()
-    shown(member, "not yours").get_by_role("button", name="Delete").wait_for()
-    admin.click("#people button:has-text('user1')")
-    admin.click("dialog >> text=Kick")
+    shown(admin, "Delete").get_by_role("button", name="Really delete?").click()
+    member.get_by_text("Message deleted").wait_for()
+    side(member, "admin").click()
+    member.get_by_role("button", name="Message", exact=True).wait_for()
+    assert member.get_by_role("button", name="Ban").count() == 0
+    member.keyboard.press("Escape")
+    side(admin, "user1").click()
+    admin.get_by_role("button", name="Make moderator").click()
+    admin.get_by_role("button", name="No", exact=True).click()
+    admin.get_by_role("button", name="Make moderator").click()
+    admin.get_by_role("button", name="Make user1 a moderator").click()
+    side(admin, "user1 moderator").wait_for()
+    member.locator("#myRole", has_text="moderator").wait_for()  # without a reload
+    side(admin, "user1").click()
+    admin.get_by_role("button", name="Kick", exact=True).click()
+    admin.get_by_role("button", name="Kick user1").click()
     member.locator("#problem", has_text="Kicked").wait_for()
     assert member.is_visible("#username") and not member.is_visible("#messageText")
+
+
+def test_whoever_is_away_can_be_found_banned_and_unbanned(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "admin")
+    for action in ("Ban", "Unban"):
+        page.get_by_role("button", name="More people").click()
+        page.get_by_label("Find a person").fill("user2")
+        page.locator("#found").get_by_role("button", name="user2").click()
+        page.get_by_role("button", name=action, exact=True).click()
+        page.get_by_role("button", name=f"{action} user2").click()
+        page.get_by_text(f"{action} user2: done.").wait_for()
+
+
+def test_rooms_can_be_found_without_knowing_their_names(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    one, two = open_page(server, "user1"), open_page(server, "user2")
+    write(one, "/join imports")
+    one.get_by_text("#imports is new").wait_for()
+    write(one, "first")
+    two.get_by_role("button", name="More rooms").click()
+    two.get_by_label("Find or make a room").fill("imp")
+    two.get_by_role("button", name="Make # imp").wait_for()
+    two.get_by_role("button", name="# imports").click()
+    shown(two, "first").wait_for()
+
+
+def test_what_is_searched_for_can_be_jumped_to(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve(rate="0")
+    write_texts(server, 160)
+    page = open_page(server, "user1")
+    write(page, "/search text 3.")
+    page.get_by_text("1 message with").wait_for()
+    assert page.locator("mark").inner_text() == "text 3."
+    page.get_by_role("button", name="Go there").click()
+    shown(page, "text 20.").wait_for()
+    assert shown(page, "text 159.").count() == 0
+    page.get_by_role("button", name="Jump to the newest").click()
+    shown(page, "text 159.").wait_for()
+
+
+def test_a_paste_that_is_too_long_is_refused_whole(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    write(page, "x" * 4_123)
+    page.get_by_text("123 characters too many").wait_for()
+    assert len(page.input_value("#messageText")) == 4_123 and stored_texts(server) == []
 
 
 def test_nothing_is_lost_or_doubled_when_the_server_is_killed(
@@ -4295,21 +4478,22 @@ def test_nothing_is_lost_or_doubled_when_the_server_is_killed(
     write(page, "before")
     shown(page, "before").wait_for()
     server.stop(signal.SIGKILL)
-    page.locator("#status", has_text=re.compile(r"reconnecting in \d+ s")).wait_for()
+    page.get_by_text("No connection").wait_for()
+    page.get_by_text(re.compile(r"Trying again in \d+ s")).wait_for()
     for n in range(3):
         write(page, f"while it was gone {n}")
-    page.locator("#pending .message", has_text="sending").nth(2).wait_for()
+    page.locator(".waiting", has_text="Waiting for the connection").nth(2).wait_for()
     page.fill("#messageText", "not yet sent")
     restarted = serve(port=str(server.port))
     page.get_by_text("connected", exact=True).wait_for()
     shown(page, "while it was gone 2").wait_for()
-    assert page.locator("#pending .message").count() == 0
+    assert page.locator(".waiting").count() == 0
     assert page.input_value("#messageText") == "not yet sent"
     expected = ["before", *(f"while it was gone {n}" for n in range(3))]
-    assert page.locator("#messages .text").all_inner_texts() == stored_texts(restarted) == expected
+    assert page.locator(".text").all_inner_texts() == stored_texts(restarted) == expected
     page.reload()
     shown(page, "while it was gone 2").wait_for()
-    assert page.locator("#messages .text").all_inner_texts() == expected
+    assert page.locator(".text").all_inner_texts() == expected
     assert page.input_value("#messageText") == "not yet sent"
 
 
@@ -4321,9 +4505,9 @@ def test_the_outbox_outlives_its_tab(
     write(page, "before")
     shown(page, "before").wait_for()
     server.stop(signal.SIGKILL)
-    page.locator("#status", has_text="reconnecting").wait_for()
+    page.get_by_text("No connection").wait_for()
     write(page, "the tab closes")
-    page.locator("#pending .message", has_text="sending").wait_for()
+    page.locator(".waiting", has_text="the tab closes").wait_for()
     page.close()
     restarted = serve(port=str(server.port))
     again = open_page(restarted, "user1", beside=page)
@@ -4344,7 +4528,7 @@ def test_two_tabs_of_one_person_work_side_by_side(
         for n in range(5):
             shown(page, f"one {n}").wait_for()
             shown(page, f"two {n}").wait_for()
-    assert one.locator("#pending .message").count() == two.locator("#pending .message").count() == 0
+    assert one.locator(".waiting").count() == two.locator(".waiting").count() == 0
     assert len(stored_texts(server)) == 10
 
 
@@ -4354,17 +4538,18 @@ def test_a_reconnect_leaves_the_reader_where_they_are(
     server = serve(rate="0")
     write_texts(server, 60)
     page = open_page(server, "user1")
+    shown(page, "text 59.").wait_for()
     page.locator("#chatLog").hover()
-    page.mouse.wheel(0, -500)
+    page.mouse.wheel(0, -600)
     scrolled = "() => document.getElementById('chatLog').scrollTop"
-    page.locator("#newest", has_text="Jump to the newest").wait_for()
+    page.get_by_role("button", name="Jump to the newest").wait_for()
     before = page.evaluate(scrolled)
     page.fill("#messageText", "half a sentence")
     server.stop(signal.SIGKILL)
-    page.locator("#status", has_text="reconnecting").wait_for()
+    page.get_by_text("No connection").wait_for()
     serve(port=str(server.port))
     page.get_by_text("connected", exact=True).wait_for()
-    page.locator("#frames").wait_for(state="attached")
+    page.get_by_text("No connection").wait_for(state="hidden")
     assert abs(page.evaluate(scrolled) - before) < 3
     assert page.input_value("#messageText") == "half a sentence"
 
@@ -4376,22 +4561,21 @@ def test_nothing_of_one_person_is_left_for_the_next(
     page = open_page(server, "", log_in=False)
     page.fill("#username", "user1")
     page.fill("#password", "password1")
-    page.dblclick("text=Log in")
+    page.get_by_role("button", name="Log in").dblclick()
     write(page, "/msg user1 a note to myself")
     shown(page, "a note to myself").wait_for()
     page.fill("#messageText", "unsent")
-    page.click("text=Log out")
-    page.locator("#problem", has_text="Logged out").wait_for()
+    log_out(page)
     online = server.request("/users", Authorization=f"Bearer {server.token('admin')}")
     assert online == []  # two clicks on "Log in" have not left a second socket behind
     page.fill("#username", "user2")
     page.fill("#password", "password2")
-    page.click("text=Log in")
+    page.get_by_role("button", name="Log in").click()
     page.get_by_text("connected", exact=True).wait_for()
-    page.click("#wireButton")
-    page.locator("#frames summary").first.wait_for()
+    page.get_by_role("button", name="Wire").click()
+    entry(page, "welcome").wait_for()
     assert "user1" not in page.locator("#frames").inner_text()
-    assert "note" not in page.inner_text("body")
+    assert "note" not in page.inner_text("#app")
     assert page.input_value("#messageText") == ""
     assert page.locator("#private button").count() == 0
 
@@ -4408,7 +4592,7 @@ def test_a_busy_room_is_shown_whole_and_once(
         while author.next("message")["mid"] != f"m{first + 49}":
             pass
     shown(page, "text 1049.").wait_for()
-    texts = page.locator("#messages .text").all_inner_texts()
+    texts = page.locator(".text").all_inner_texts()
     assert texts == [f"text {n}." for n in range(1050 - len(texts), 1050)]
     assert 800 <= len(texts) <= 1000  # older ones come back on scrolling up
     assert page.is_hidden("#newest")
@@ -4420,11 +4604,11 @@ def test_what_is_refused_can_be_discarded_or_tried_again(
     server = serve()
     page = open_page(server, "user1")
     write(page, "/msg nobody hi")
-    failed = page.locator("#pending .failed", has_text="failed: No such room or person")
-    failed.get_by_role("button", name="try again").click()
-    failed.get_by_role("button", name="discard").click()
+    failed = page.locator(".failed", has_text="Not sent: No such room or person")
+    failed.get_by_role("button", name="Try again").click()
+    failed.get_by_role("button", name="Discard").click()
     failed.wait_for(state="detached")
-    page.click("#rooms button:has-text('lobby')")
+    side(page, "lobby").click()
     write(page, "/help")
     page.locator(".notice", has_text="/msg bob hi").wait_for()
     write(page, "/dance")
@@ -4437,11 +4621,13 @@ def test_older_pages_load_without_a_jump(
     server = serve(rate="0")
     author = write_texts(server, 160)
     page = open_page(server, "user1")
-    assert page.locator("#messages .message").count() == 50
+    shown(page, "text 159.").wait_for()
+    assert page.locator(".message").count() == 50
     top = """() => [...document.querySelectorAll(".text")].map((one) =>
         [one.textContent, Math.round(one.getBoundingClientRect().top)]).find(([, y]) => y > 60)"""
     for count in (100, 150, 160):
-        page.evaluate("() => { document.getElementById('chatLog').scrollTop = 0; }")
+        page.evaluate("""() => { const log = document.getElementById("chatLog");
+            log.scrollTop = log.clientHeight - log.scrollHeight; }""")
         text, before = page.evaluate(top)
         page.locator(".message").nth(count - 1).wait_for()
         texts = page.locator(".text").all_inner_texts()
@@ -4449,12 +4635,9 @@ def test_older_pages_load_without_a_jump(
         assert abs(after["y"] - before) < 3
     assert texts == [f"text {n}." for n in range(160)]
     author.say("the newest", "m")
-    author.next("message")
-    page.locator("#newest", has_text="New messages").click()
+    page.get_by_role("button", name="1 new below").click()
     page.locator("#newest").wait_for(state="hidden")
-    left = """() => { const log = document.getElementById("chatLog");
-        return log.scrollHeight - log.scrollTop - log.clientHeight; }"""
-    assert page.evaluate(left) < 2
+    assert page.evaluate("() => document.getElementById('chatLog').scrollTop") == 0
 
 
 def test_the_wire_shows_requests_and_frames_but_no_secret(
@@ -4462,75 +4645,101 @@ def test_the_wire_shows_requests_and_frames_but_no_secret(
 ) -> None:
     server = serve()
     page = open_page(server, "user1")
-    page.click("#wireButton")
+    page.get_by_role("button", name="Wire").click()
     write(page, "look at this")
     shown(page, "look at this").wait_for()
-    for wanted in ("POST login", "200 POST login", "WS /ws/chat open", "welcome", "200 GET rooms"):
-        page.locator("#frames summary", has_text=wanted).first.wait_for()
-    titles = page.locator("#frames summary").all_inner_texts()
-    assert sum("/ws/chat message" in title for title in titles) == 2  # out, and in again
-    for summary in page.locator("#frames summary").all():
+    for wanted in (
+        "POST /login 200",
+        "101: the connection stops being HTTP here. Subprotocol lobby.v1 was picked.",
+        "to everybody in lobby.",
+        "it is on disk. This is the receipt.",
+        "user1 came into lobby.",
+    ):
+        entry(page, wanted.replace("/login 200", "/login")).wait_for()
+    for summary in page.locator("#list summary").all():
         summary.click()
-    page.locator("#frames pre", has_text='"text": "look at this"').first.wait_for()
-    texts = "".join(page.locator("#frames").all_inner_texts())
-    secret = page.evaluate("() => sessionStorage.getItem('lobby.token')").strip('"')
+    page.locator("#list pre", has_text='"text": "look at this"').first.wait_for()
+    texts = "".join(page.locator("#list").all_inner_texts())
+    secret = page.evaluate("() => JSON.parse(sessionStorage.getItem('lobby.login')).token")
     assert secret.count(".") == 2
-    assert secret[:10] + "..." in texts and secret[20:40] not in texts
+    assert secret[:10] + "…" in texts and secret[20:40] not in texts
     assert PASSWORDS["user1"] not in texts
-    page.fill("#filter", "welcome")
-    assert page.locator("#frames li").count() == 1
-    page.fill("#filter", "")
-    page.click("#pause")
-    count = page.locator("#frames li").count()
+    assert "hidden from scripts" in texts
+    page.get_by_label("Filter").fill("this is the receipt")
+    expect = pytest.importorskip("playwright.sync_api").expect
+    expect(page.locator("#list li")).to_have_count(1)
+    page.get_by_label("Filter").fill("")
+    page.get_by_role("button", name="Pause").click()
+    count = page.locator("#list li").count()
     write(page, "unseen")
     shown(page, "unseen").wait_for()
-    assert page.locator("#frames li").count() == count
-    page.click("#pause")
-    assert page.locator("#frames li", has_text="message").count() >= 4
+    assert page.locator("#list li").count() == count
+    page.get_by_role("button", name=re.compile("Paused, [1-9]")).click()
+    entry(page, "unseen").wait_for()
+    assert page.locator("#list details[open]").count() == count  # they stay open
+    page.get_by_role("button", name="Explain").click()
+    entry(page, "unseen").locator(".sentence").wait_for(state="hidden")
+    shown(page, "unseen").hover()
+    page.get_by_role("button", name="On the wire").click()
+    page.locator("#list details[open] pre", has_text='"text": "unseen"').wait_for()
 
 
-def test_the_wires_forms_talk_to_the_server(
+def test_the_wires_form_talks_to_the_server(
     serve: Callable[..., Server], open_page: Callable[..., Any]
 ) -> None:
     server = serve()
     page = open_page(server, "user1")
-    page.click("#wireButton")
-    page.click("text=Send a request to /inspect")
-    form = page.locator("#request")
+    page.get_by_role("button", name="Wire").click()
+    page.get_by_text("Answered by chapter 2, Looking at a request").wait_for()
+    page.get_by_role("button", name="Headers and body").click()
+    wire = page.get_by_role("complementary", name="The wire")
 
     def seen(kind: str) -> Any:
-        form.locator("[name=kind]").select_option(kind)
-        path = kind.replace(" ", "-")
-        form.locator("[name=path]").fill(path)
+        path = f"/inspect/{kind.replace(' ', '-')}"
+        wire.get_by_label("Body", exact=True).select_option(kind)
+        wire.get_by_label("Path").fill(f"{path}?a=1&a=2")
         if kind == "file":
             content = {"name": "a.txt", "mimeType": "text/plain", "buffer": b"hello"}
-            form.locator("[name=file]").set_input_files([content])
-        form.get_by_role("button", name="Send").click()
-        page.locator("#seen", has_text=f"/inspect/{path}?").wait_for()
-        return json.loads(page.inner_text("#seen"))
+            wire.get_by_label("File").set_input_files([content])
+        wire.get_by_role("button", name="Send", exact=True).click()
+        answer = page.locator("#list li", has_text=path).locator(".card pre").last
+        answer.wait_for()
+        return json.loads(answer.inner_text())
 
     answer = seen("no body")
     assert (answer["method"], answer["query_params"]) == ("GET", {"a": ["1", "2"]})
     assert ["x-example", "hello"] in answer["headers"]
+    page.get_by_text("as the server saw them").wait_for()
     assert seen("JSON")["json"] == {"hello": "world"}
     assert seen("form")["form"] == {"name": ["Ann", "Bob"]}
     assert seen("file")["files"][0]["filename"] == "a.txt"
-    page.click("text=Talk to a socket")
-    form = page.locator("#socketForm")
-    form.get_by_role("button", name="Send").click()
-    page.locator("#answer", has_text="Open the socket first").wait_for()
-    for path, answered in [
-        ("/ws", 'Message text was: {"a": 1}'),
-        ("/ws/json", '"received"'),
-        ("/ws/inspect", '"kind": "text"'),
+    wire.get_by_label("Method").select_option("WS")
+    for path, answered, chapter in [
+        ("/ws", 'Message text was: {"a": 1}', 3),
+        ("/ws/json", '{"received":{"a":1}}', 3),
+        ("/ws/inspect", '"kind":"text"', 3),
+        ("/ws/protected", "user1 says:", 7),
+        ("/ws/{session_id}", ': {"a": 1}', 4),
     ]:
-        form.locator("[name=path]").select_option(path)
-        form.get_by_role("button", name="Open").click()
-        page.locator("#answer", has_text=re.compile("^open$|handshake|http_version")).wait_for()
-        form.get_by_role("button", name="Send").click()
-        page.locator("#answer", has_text=answered).wait_for()
-        form.get_by_role("button", name="Close").click()
-        page.locator("#answer", has_text="closed: 1005").wait_for()
+        wire.get_by_label("Path").fill(path)
+        wire.get_by_text(f"Answered by chapter {chapter}").wait_for()
+        wire.get_by_role("button", name="Open").click()
+        wire.get_by_role("button", name="Send text").click()
+        entry(page, answered).wait_for()
+        wire.get_by_role("button", name="Close", exact=True).click()
+        wire.get_by_role("button", name="Open").wait_for()
+
+
+def test_somebody_who_comes_costs_the_server_no_request(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    server.chat(server.token("user2"))
+    side(page, "user2").wait_for()
+    assert asked == []
 
 
 @pytest.fixture(scope="session")
@@ -4557,31 +4766,44 @@ def test_axe_finds_nothing_inaccessible(
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     check(page)
     page.fill("#username", "a b")
-    page.click("text=Register")
+    page.get_by_role("button", name="Register").click()
     page.locator("#usernameProblem:not(:empty)").wait_for()
     check(page)
     other, page = page, open_page(server, "admin", beside=page)
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-    write(page, "see https://example.org")
+    write(page, "see https://example.org and `code` @admin")
     author = server.chat(server.token("user2"))
     author.send("message", to="admin", text="hello", mid="m1")
-    page.locator(".unread").wait_for()
+    page.get_by_role("button", name="user2 1 unread").wait_for()
     write(page, "/msg nobody hi")
     page.locator(".failed").wait_for()
     check(page)
-    page.click("#wireButton")
-    page.locator("#frames summary").first.click()
-    page.click("text=Send a request to /inspect")
-    page.locator("#request").get_by_role("button", name="Send").click()
-    page.locator("#seen:not(:empty)").wait_for()
-    page.click("text=Talk to a socket")
+    side(page, "lobby").click()
+    write(page, "/search see")
+    page.get_by_role("button", name="Go there").wait_for()
     check(page)
-    page.click("#closeWire")
-    page.click("#people button:has-text('user2')")
+    page.get_by_role("button", name="Back to lobby").click()
+    page.get_by_role("button", name="Wire").click()
+    page.get_by_role("button", name="Headers and body").click()
+    page.locator("#go").click()
+    page.locator("#list details[open]").wait_for()
     check(page)
-    page.click("dialog >> text=Close")
+    page.get_by_role("button", name="Close the wire").click()
+    page.get_by_role("button", name="More people").click()
+    page.get_by_label("Find a person").fill("user1")
+    page.locator("#found").get_by_role("button", name="user1").wait_for()
+    check(page)
+    page.locator("#found").get_by_role("button", name="user1").click()
+    page.get_by_role("button", name="Ban", exact=True).click()
+    check(page)
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Your menu").click()
+    check(page)
+    page.get_by_role("button", name="Change password").click()
+    check(page)
+    page.keyboard.press("Escape")
     page.set_viewport_size({"width": 390, "height": 844})
-    page.click("#menu")
+    page.get_by_role("button", name="Rooms and people").click()
     check(page)
     assert other.is_visible("#username")
 
