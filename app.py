@@ -17,8 +17,8 @@ idea. Chapters 1 to 4, copied out with the imports above them, are a program tha
 
      1  The application       what wraps every request, and how every error becomes an answer
      2  Looking at a request  everything ``Request`` can tell, and four ways to read a body
-     3  Talking over a socket from one echo to a reader and a writer side by side
-     4  Sessions              context made over HTTP and carried into a socket
+     3  Talking over a socket from one answer to a conversation
+     4  Sessions              context made over HTTP; a reader and a writer side by side
      5  Settings              what can be changed without touching the code
      6  Storage               the only SQL: reading is a call, changing is one transaction
      7  Knowing a user        passwords, log-ins, tokens, and who is asking
@@ -62,11 +62,10 @@ import sys
 import time
 import unicodedata
 import uuid
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -80,10 +79,8 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import OAuth2PasswordBearer, OAuth2PasswordRequestForm
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, ValidationError, from_json, to_json
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, HTTPConnection
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -102,8 +99,21 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30  # bytes
 
 app = FastAPI(title="Lobby")
 app.state.origins = frozenset()  # further ones whose pages are welcome, by chapter 11
-app.router.max_body_size = 1 * MIB  # FastAPI(max_body_size=...) is outside of our middleware
 SANE_ID = re.compile(r"[\w.~+/=:-]{1,128}", re.ASCII)  # of a request, which its client may give
+MAX_BACKSLASHES = 100  # of cookies: to unquote them takes Python the square (CVE-2024-7592)
+# What each code is as an HTTP status, and as the code that closes a socket: 1008 is final
+# (RFC 6455, section 7.4.1), 1013 is "try again later" (IANA's registry of close codes).
+REFUSALS = {
+    "invalid": (422, 1008),
+    "too_long": (422, 1008),
+    "unauthorized": (401, 1008),
+    "forbidden": (403, 1008),
+    "unknown": (404, 1008),
+    "unknown_room": (404, 1008),
+    "conflict": (409, 1008),
+    "rate_limited": (429, 1013),
+    "unavailable": (503, 1013),
+}
 
 
 class Refused(Exception):
@@ -118,21 +128,6 @@ class Refused(Exception):
 def must(condition: Any, code: str, words: str, retry_after: float | None = None) -> None:
     if not condition:
         raise Refused(code, words, retry_after)
-
-
-# What each code is as an HTTP status, and as the code that closes a socket: 1008 is final
-# (RFC 6455, section 7.4.1), 1013 is "try again later" (IANA's registry of close codes).
-REFUSALS = {
-    "invalid": (422, 1008),
-    "too_long": (422, 1008),
-    "unauthorized": (401, 1008),
-    "forbidden": (403, 1008),
-    "unknown": (404, 1008),
-    "unknown_room": (404, 1008),
-    "conflict": (409, 1008),
-    "rate_limited": (429, 1013),
-    "unavailable": (503, 1013),
-}
 
 
 class Problem(BaseModel):
@@ -173,16 +168,9 @@ async def invalid_request(request: Request, error: RequestValidationError) -> JS
 @app.exception_handler(405)
 async def wrong_method(request: Request, error: HTTPException) -> JSONResponse:
     """Of several routes on a path, Starlette names one's methods; RFC 9110 (15.5.6) wants all."""
-    routes = [r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0].value]
-    allowed = sorted({method for route in routes for method in route.methods or ()})
+    routes = [route for route in app.routes if route.matches(request.scope)[0].value]
+    allowed = sorted({method for route in routes for method in getattr(route, "methods", ())})
     return JSONResponse({"detail": error.detail}, 405, {"Allow": ", ".join(allowed)})
-
-
-@app.exception_handler(413)
-async def too_large(request: Request, error: HTTPException) -> JSONResponse:
-    """FastAPI counts a body while it arrives, so a chunked one is cut off as well."""
-    limit = request.scope.get("starlette.max_body_size", 1 * MIB)
-    return JSONResponse({"detail": f"The body is larger than {limit:,} bytes"}, 413)
 
 
 @app.exception_handler(WebSocketException)
@@ -209,12 +197,12 @@ def why_foreign(scope: Scope, headers: Headers) -> str | None:
     say whose it is. And a site's name may be made to mean this machine (DNS rebinding)."""
     host, origin = headers.get("host", "localhost"), headers.get("origin")
     own = (f"{scheme}://{host}" for scheme in ("http", "https"))
-    origins = scope["app"].state.origins
+    origins = app.state.origins
     if scope["type"] == "websocket" and origin not in (None, *own, *origins):
-        return f"A page of {origin!r} may not open sockets here; CHAT_ORIGINS may name it"
+        return f"A page of {str(origin)[:255]!r} may not open sockets; CHAT_ORIGINS may name it"
     at, name = scope.get("server") or ("", 0), ""
     with suppress(ValueError):  # for what is no host
-        name = urlsplit(f"//{host}").hostname or ""
+        name = (urlsplit(f"//{host}").hostname or "")[:255]  # no name is longer (RFC 1035)
     known = (urlsplit(one).hostname for one in origins)
     if is_loopback(at[0]) and not is_loopback(name) and name not in known:
         return f"The host {name!r} is not known here; CHAT_ORIGINS may name its origin"
@@ -235,10 +223,6 @@ class RequestContextMiddleware:
         given = headers.get("x-request-id", "")
         id = given if SANE_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = id
-        # FastAPI answers a too large Content-Length in plain text; without it, it raises a 413.
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > 1 * MIB:
-            scope["headers"] = [item for item in headers.raw if item[0] != b"content-length"]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.accept"):
@@ -248,38 +232,35 @@ class RequestContextMiddleware:
                 message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
-        if reason := why_foreign(scope, headers):
-            log.info("refused: %s", reason)
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close"})  # before it is accepted: that is a 403
+        async def refuse(status: int, why: str) -> None:
+            if scope["type"] == "websocket":  # before it is accepted, this is a 403
+                await send({"type": "websocket.close", "code": 1011 if status == 500 else 1000})
             else:
-                await JSONResponse({"detail": reason}, 403)(scope, receive, send_with_headers)
-        else:
-            await self.survive(scope, receive, send_with_headers)
+                await JSONResponse({"detail": why}, status)(scope, receive, send_with_headers)
 
-    async def survive(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self.app(scope, receive, send)
+            if reason := why_foreign(scope, headers):
+                log.info("refused: %s", reason)
+                await refuse(403, reason)
+            elif headers.get("cookie", "").count("\\") > MAX_BACKSLASHES:
+                await refuse(400, "The cookies have too many backslashes")
+            else:
+                await self.app(scope, receive, send_with_headers)
         except (ClientDisconnect, ClientDisconnected, WebSocketDisconnect):
             pass  # they left, and nothing is left to do
         except Exception:
             log.exception("unexpected error in %s %r", scope["type"], scope["path"])
             with suppress(Exception):  # it may have been answered already
-                if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": 1011})
-                else:
-                    answer = JSONResponse({"detail": "Internal Server Error"}, 500)
-                    await answer(scope, receive, send)
+                await refuse(500, "Internal Server Error")
 
 
 app.add_middleware(RequestContextMiddleware)
 
 
 # 2. Looking at a request ==============================================================
-# A request's head is there at once; its body arrives later, in pieces, once, and from
-# somebody who may not mean well. `Request` is the view of both. The first routes show one
-# thing each, `/inspect` shows all of it, and `/body/...` the four ways to read a body, each
-# with limits, and what happens when it is read twice.
+# A request's head is there at once; its body arrives later, in pieces, once, and from somebody who
+# may not mean well. `Request` is the view of both. The first routes show one thing each, `/inspect`
+# all of it, `/body/...` the four ways to read a body, each with limits, and reading it twice.
 
 begin_chapter("2. Looking at a request")
 
@@ -315,10 +296,12 @@ BODY_RATE = 16 * KIB  # bytes a second that come at least, as by Apache's mod_re
 FREE_BODY = 64 * KIB  # bytes of a body that are always taken; so small ones always fit
 MAX_BODIES = 48 * MIB  # bytes, beyond these, of all bodies on their way into memory
 MAX_IN_MEMORY = 16 * MIB  # of one body; a route that takes more must read it chunk by chunk
+MAX_BODY = 1 * MIB  # of one body, but for these routes:
+MAX_BODY_OF = {"/body/raw": MAX_IN_MEMORY, "/body/stream": 1 * GIB, "/body/twice": 64 * KIB}
 
 
 class BodyMiddleware:
-    """Ends bodies that come too slowly, or are too large together: FastAPI limits each alone."""
+    """Ends bodies that come too slowly or are too large, as they come, alone or together."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -327,6 +310,8 @@ class BodyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         now = asyncio.get_running_loop().time
         deadline: float | None = now() + BODY_SECONDS
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        limit = MAX_BODY_OF.get(path, MAX_BODY)
         size = held = 0
 
         async def receive_in_time() -> Message:
@@ -337,12 +322,15 @@ class BodyMiddleware:
             except TimeoutError:
                 close = {"Connection": "close"}
                 raise HTTPException(408, "The body came too slowly", close) from None
+            body = message.get("body", b"")
+            size += len(body)
+            if size > limit:
+                raise HTTPException(413, f"The body is larger than {limit:,} bytes")
             if deadline is None or not message.get("more_body"):
                 deadline = None  # it is whole, and the next message is that the client has left
                 return message
-            size += len(message["body"])
-            deadline = min(deadline + len(message["body"]) / BODY_RATE, now() + BODY_SECONDS)
-            if scope["starlette.max_body_size"] <= MAX_IN_MEMORY:
+            deadline = min(deadline + len(body) / BODY_RATE, now() + BODY_SECONDS)
+            if limit <= MAX_IN_MEMORY:
                 more = max(0, size - FREE_BODY) - held
                 may = not more or self.held + more <= MAX_BODIES
                 must(may, "unavailable", "Too many large bodies at once", BODY_SECONDS)
@@ -449,10 +437,9 @@ async def read_form(request: Request) -> tuple[dict[str, list[str]], list[dict[s
                 if isinstance(value, str):
                     fields.setdefault(key, []).append(value)
                 else:
-                    file = {"field": key, "filename": value.filename, "size": value.size}
-                    file["content_type"] = value.content_type
-                    file["sha256"] = hashlib.sha256(await value.read()).hexdigest()
-                    files.append(file)
+                    digest = hashlib.sha256(await value.read()).hexdigest()
+                    about = {"filename": value.filename, "content_type": value.content_type}
+                    files.append({"field": key, **about, "size": value.size, "sha256": digest})
         json.dumps([fields, files], ensure_ascii=False).encode()
     except (UnicodeError, IndexError):  # charsets fail in their own ways, or to half a character
         raise HTTPException(400, "The form cannot be decoded: send UTF-8") from None
@@ -492,15 +479,15 @@ async def body_form(request: Request) -> dict[str, Any]:
     return {"fields": fields, "files": files}
 
 
-@app.post("/body/raw", max_body_size=MAX_IN_MEMORY, **reads("application/octet-stream"))
+@app.post("/body/raw", **reads("application/octet-stream"))
 async def body_raw(request: Request) -> dict[str, Any]:
     """The body as bytes, all of them in memory."""
     body = await request.body()
-    digest = await run_in_threadpool(hashlib.sha256, body)  # some milliseconds: not in the loop
+    digest = await asyncio.to_thread(hashlib.sha256, body)  # some milliseconds: not in the loop
     return {"size": len(body), "sha256": digest.hexdigest()}
 
 
-@app.post("/body/stream", max_body_size=1 * GIB, **reads("application/octet-stream"))
+@app.post("/body/stream", **reads("application/octet-stream"))
 async def body_stream(request: Request) -> dict[str, Any]:
     """The way to read what is too large for memory: chunk by chunk, as it arrives."""
     size, chunks, digest = 0, 0, hashlib.sha256()
@@ -511,7 +498,7 @@ async def body_stream(request: Request) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest(), "chunks": chunks}
 
 
-@app.post("/body/twice", max_body_size=64 * KIB, **reads("application/json"))
+@app.post("/body/twice", **reads("application/json"))
 async def body_twice(request: Request) -> dict[str, Any]:
     """``body()`` keeps what it read; ``stream()`` keeps nothing, and forms are read by it."""
     body = await request.body()  # it is parsed a dozen times: hence the low limit
@@ -598,53 +585,34 @@ async def inspect_socket(websocket: WebSocket) -> None:
         await websocket.send_json({"kind": kind, **inspect_bytes(data)})
 
 
-async def side_by_side(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Run these until one ends, end the others, and raise what was raised."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-    errors = [error for task in tasks if not task.cancelled() and (error := task.exception())]
-    if errors:
-        raise errors[0]
-
-
 # 4. Sessions ==========================================================================
 # A socket's handshake carries little, so context is often made over HTTP first and then
-# named by an id. Whoever knows the id is in, hence it is unguessable. Each socket has a
-# queue and a writer of its own: a sender fills queues and never waits for a slow reader,
-# for whom a full queue is the end.
+# named by an id. Whoever knows it is in, hence it is unguessable. Each socket has a queue and a
+# writer of its own: who sends fills queues and never waits for a slow reader, whom a full one ends.
 
 begin_chapter("4. Sessions")
 SESSION_SECONDS = 3600  # after the last use
 MAX_SESSIONS = 10_000  # the one that was unused for longest makes room for a new one
 SESSION_QUEUE = 32  # frames, of at most 64 KiB, that may wait for one socket
+sessions: dict[uuid.UUID, Session] = {}
 
 
-@dataclass(slots=True, eq=False)
 class Session:
-    about: dict[str, Any]  # who asked for it, and when
-    used_at: float  # on the monotonic clock
-    queues: set[asyncio.Queue[str | None]] = field(default_factory=set)  # of sockets now in it
+    def __init__(self, about: dict[str, Any]) -> None:
+        self.about = about  # who asked for it, and when
+        self.used_at = time.monotonic()
+        self.queues: set[asyncio.Queue[str]] = set()  # of the sockets now in it
 
     def expires_in(self) -> int:
         idle = 0 if self.queues else time.monotonic() - self.used_at  # seconds
         return max(0, round(SESSION_SECONDS - idle))
 
     def send(self, text: str) -> None:
-        """Queue a text for every socket. A queue that is full gets None instead: its end."""
+        """Queue a text for every socket. One whose queue is full is in the session no more."""
         self.used_at = time.monotonic()
-        for queue in list(self.queues):
-            is_full = queue.qsize() >= SESSION_QUEUE
-            queue.put_nowait(None if is_full else text)
-            if is_full:
-                self.queues.discard(queue)
-
-
-sessions: dict[uuid.UUID, Session] = {}
+        self.queues = {queue for queue in self.queues if not queue.full()}
+        for queue in self.queues:
+            queue.put_nowait(text)
 
 
 @app.post("/create-session", responses=answers(503))
@@ -657,7 +625,7 @@ async def create_session(request: Request) -> dict[str, Any]:
     about = {"client_host": client_host(request), "created_at": time.time()}
     about["user_agent"] = request.headers.get("user-agent", "")[:512] or None
     id = uuid.uuid4()
-    sessions[id] = Session(about, time.monotonic())
+    sessions[id] = Session(about)
     return {"session_id": str(id), "expires_in": sessions[id].expires_in()}
 
 
@@ -679,30 +647,30 @@ async def show_session(session_id: uuid.UUID) -> dict[str, Any]:
 @app.websocket("/ws/{session_id:uuid}")
 async def session_socket(websocket: WebSocket, session_id: uuid.UUID) -> None:
     session = find_session(session_id)
-    queue: asyncio.Queue[str | None] = asyncio.Queue()
-
-    async def read() -> None:
-        while True:
-            session.send(f"Session {session_id}: {await receive_text(websocket)}")
+    queue: asyncio.Queue[str] = asyncio.Queue(SESSION_QUEUE)
 
     async def write() -> None:
-        while (text := await queue.get()) is not None:
-            await websocket.send_text(text)
+        while queue in session.queues:
+            await websocket.send_text(await queue.get())
         raise Refused("unavailable", "Too slow")
 
     session.queues.add(queue)
     try:
         await websocket.accept()
-        await side_by_side(read(), write())
+        async with asyncio.TaskGroup() as group:  # when one fails, the other is cancelled
+            group.create_task(write())
+            while True:
+                session.send(f"Session {session_id}: {await receive_text(websocket)}")
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     finally:
         session.queues.discard(queue)
         session.used_at = time.monotonic()
 
 
 # 5. Settings ==========================================================================
-# A program that reads the environment wherever it needs a value fails late and in odd
-# places. One model reads it all at the start, and refuses what it cannot use in one line
-# that names the variable.
+# A program that reads the environment wherever it needs a value fails late and in odd places. One
+# model reads it all at the start, and refuses what it cannot use in a line that names the variable.
 
 
 class StartError(Exception):
@@ -713,14 +681,14 @@ def split_origins(value: str) -> frozenset[str]:
     return frozenset(part.strip().rstrip("/") for part in value.split(",") if part.strip())
 
 
-class Settings(BaseModel):  # ``port`` is the environment's CHAT_PORT
+class Settings(BaseModel, alias_generator=lambda f: f"CHAT_{f.upper()}", populate_by_name=True):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free one
     db: Path = Path("chat.db")
     secret: bytes | None = Field(None, min_length=32)  # RFC 7518, section 3.2
     token_minutes: float = Field(60, gt=0, le=525_600)
     login_days: float = Field(30, gt=0, le=3_650)  # how long a log-in can be renewed
-    register_: bool = True  # False: nobody but an admin makes new people
+    register_: bool = Field(True, alias="CHAT_REGISTER")  # False: only an admin makes new people
     origins: Annotated[frozenset[str], BeforeValidator(split_origins)] = frozenset()
     demo_users: bool = True
     rate: float = Field(10, ge=0, allow_inf_nan=False)  # messages a second; 0: no limit
@@ -729,14 +697,13 @@ class Settings(BaseModel):  # ``port`` is the environment's CHAT_PORT
     @classmethod
     def from_environment(cls) -> Settings:
         """Read the ``CHAT_...`` variables. Raises StartError for an unusable one."""
-        names = {f"CHAT_{field.upper().rstrip('_')}": field for field in cls.model_fields}
-        given = {names[name]: os.environ[name] for name in names if name in os.environ}
+        given = {name: os.environ[name] for name in os.environ if name.startswith("CHAT_")}
         try:
             return cls.model_validate(given)
         except ValidationError as error:
             first = error.errors()[0]
-            name = next(name for name, field in names.items() if field == first["loc"][0])
-            shown = "" if name == "CHAT_SECRET" else f"={os.environ[name]!r}"
+            name = str(first["loc"][0])
+            shown = "" if name == "CHAT_SECRET" else f"={given[name]!r}"
             raise StartError(f"{name}{shown}: {first['msg']}") from None
 
 
@@ -746,7 +713,7 @@ class Settings(BaseModel):  # ``port`` is the environment's CHAT_PORT
 #
 # Changing waits for the disk (fsync), for milliseconds however many rows it writes. So one thread
 # applies changes, many in a transaction, and refuses what may not be there, where nothing comes
-# between the question and the change. A route says `await state.change({"type": ...})`, and is
+# between the question and the change. A route says `await app.state.change({"type": ...})`, and is
 # given what became of it, or raised Refused; how changes get here, chapter 9 shows.
 
 SHAPE = 4  # of the tables; a file of another shape is refused
@@ -787,7 +754,7 @@ WINDOW = 1_000  # newest events that an open room keeps, and most messages that 
 SEARCHED = 100  # messages that a search reads between two turns of the loop
 
 Event = dict[str, Any]  # and a change, which becomes one
-Page = tuple[list[Event], bool]  # messages, and whether there are more
+Change = Callable[[Event], Awaitable[Event]]  # posts a change, see chapter 9
 ASIDE = ("by", "old", "password")  # what a change needs, and its event does not tell
 
 
@@ -810,13 +777,14 @@ class Storage:
         self.close = self.databases.close
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         self.searching = asyncio.Lock()
+        self.searchers: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.is_failing = False
         try:
             # A second process would announce its messages to nobody here: it is kept out.
-            self._connect(f"{path}.lock", timeout=0).execute("BEGIN EXCLUSIVE")
+            self._connect(f"{path.as_uri()}.lock", timeout=0).execute("BEGIN EXCLUSIVE")
             path.touch(mode=0o600)  # password hashes are nobody else's business
             self.path, self.opened = path, path.stat()
-            self.writer = self._connect(str(path), timeout=BUSY_SECONDS)
+            self.writer = self._connect(path.as_uri(), timeout=BUSY_SECONDS)
             self._prepare()
             # The loop must not wait, not even for another program's lock.
             self.reader = self._connect(f"{path.as_uri()}?mode=ro", timeout=0)
@@ -829,24 +797,23 @@ class Storage:
             problem = "another process is using it" if "is locked" in str(error) else error
             raise StartError(f"CHAT_DB={str(path)!r}: {problem}") from None
 
-    def _connect(self, file: str, timeout: float) -> sqlite3.Connection:
+    def _connect(self, uri: str, timeout: float) -> sqlite3.Connection:
         # isolation_level None: every statement is a transaction of its own
-        more: Any = {"isolation_level": None, "check_same_thread": False}
-        db = sqlite3.connect(file, timeout, uri=file.startswith("file:"), **more)
+        db = sqlite3.connect(uri, timeout, isolation_level=None, check_same_thread=False, uri=True)
         self.databases.callback(db.close)
         db.row_factory = sqlite3.Row  # a tuple whose values have names
-        return db  # type: ignore[no-any-return]
+        return db
 
     def _prepare(self) -> None:
         shape = self._value("PRAGMA user_version")
         if shape != SHAPE and self._value("SELECT count(*) FROM sqlite_master"):
             raise sqlite3.DatabaseError("another version of Lobby made it, or another program")
         # FULL: a commit is on the disk when it returns. secure_delete: deleted text is overwritten.
-        self.writer.executescript(
-            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;"
-        )
+        run = self.writer.executescript
+        run("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;")
+        run("PRAGMA fullfsync = ON;")  # what FULL takes on macOS
         if shape != SHAPE:
-            self.writer.executescript(f"BEGIN; {TABLES} PRAGMA user_version = {SHAPE}; COMMIT;")
+            run(f"BEGIN; {TABLES} PRAGMA user_version = {SHAPE}; COMMIT;")
 
     def query(self, sql: str, *values: Any) -> list[Any]:
         """All rows, of which there must be few. Raises Refused if the database fails."""
@@ -873,39 +840,43 @@ class Storage:
         sql = "SELECT name, role, banned FROM people WHERE folded BETWEEN ? AND ?"
         return self.query(f"{sql} ORDER BY folded LIMIT ?", start, f"{start}{LAST}", limit)
 
-    def page(self, room: str, limit: int, before: int = MAX_ID, after: int | None = None) -> Page:
-        """Messages next after ``after``, else before ``before``, oldest first; are there more?"""
+    def page(self, room: str, limit: int, before: int = MAX_ID, after: int | None = None) -> Event:
+        """The messages next after ``after``, else before ``before``, oldest first, as an event."""
         order = "DESC" if after is None else "ASC"
         sql = f"SELECT {COLUMNS} FROM messages WHERE room = ? AND id > ? AND id < ?"
         sql += f" AND deleted IS NULL ORDER BY id {order} LIMIT ?"
         rows = self.query(sql, room, after or 0, min(before, self.shown + 1), limit + 1)
         found = [{"type": "message", **row} for row in rows[:limit]]
-        return found if order == "ASC" else found[::-1], len(rows) > limit
+        messages = found if order == "ASC" else found[::-1]
+        page: Event = {"type": "history", "room": room, "messages": messages}
+        return page | {"more": len(rows) > limit, "complete": True}
 
-    async def search(self, q: str, room: str, limit: int, before: int, after: int | None) -> Page:
+    async def search(self, q: str, room: str, limit: int, before: int, after: int | None) -> Event:
         """Like ``page``, of messages that have ``q``: in pieces, as an index would slow storing."""
         found: list[Event] = []
         more = True
         async with self.searching:
             while more and len(found) <= limit:
                 await asyncio.sleep(0)
-                piece, more = self.page(room, SEARCHED, before, after)
+                page = self.page(room, SEARCHED, before, after)
+                piece, more = page["messages"], page["more"]
                 hits = [event for event in piece if q.casefold() in event["text"].casefold()]
                 if after is None:
                     found, before = hits + found, piece[0]["id"] if piece else 0
                 elif piece:
                     found, after = found + hits, piece[-1]["id"]
-        return found[-limit:] if after is None else found[:limit], len(found) > limit
+        nearest = found[-limit:] if after is None else found[:limit]
+        return {"messages": nearest, "more": len(found) > limit}
 
-    def missed(self, room: str, after: int) -> list[list[Event]] | None:
+    def missed(self, room: str, after: int) -> list[Event] | None:
         """The messages after this id, and what was deleted since; None if not to be had."""
-        messages, more = self.page(room, WINDOW, after=after)
+        page = self.page(room, WINDOW, after=after)
         sql = "SELECT id FROM messages WHERE room = ? AND deleted >= ? AND id <= ? LIMIT ?"
         deleted = self.query(sql, room, after, after, WINDOW + 1)
-        too_many = more or len(deleted) > WINDOW or sum(map(size_of, messages)) > WINDOW
+        too_many = page["more"] or max(len(deleted), sum(map(size_of, page["messages"]))) > WINDOW
         if too_many or after > self.shown:
             return None
-        return [messages, [{"type": "deleted", "room": room, "id": id} for (id,) in deleted]]
+        return [page, *({"type": "deleted", "room": room, "id": id} for (id,) in deleted)]
 
     def rooms(self, person: str, limit: int, before: int = MAX_ID) -> list[Any]:
         """Names and newest ids of conversations or, for "", everybody's rooms, the newest first."""
@@ -934,28 +905,26 @@ class Storage:
         return bool(self.query("SELECT 1 FROM messages WHERE room = ? LIMIT 1", room))
 
     def apply(self, changes: Sequence[Event]) -> list[Event | Refused]:
-        """Make changes, in order, in one durable transaction; answer what became of each.
-
-        It runs in the database thread, and knows no clock, no chance and no settings: the same
-        changes make the same database. If the transaction fails, what needs a row is refused.
-        """
+        """Make changes, in order, in one durable transaction; answer what became of each. It runs
+        in the database thread, and knows no clock, no chance and no settings: the same changes
+        make the same database. If the transaction fails, what needs a row is refused."""
         only_messages = all(change["type"] == "message" for change in changes)
         outcomes: list[Event | Refused] = []
         try:
             with self.writer:  # commits, or rolls back
                 if not only_messages:  # they are one statement, a transaction by itself
                     self.writer.execute("BEGIN")
-                for kind, run in itertools.groupby(changes, itemgetter("type")):
-                    make = self._store if kind == "message" else self._make_each
-                    outcomes += make(list(run))
+                for kind, same in itertools.groupby(changes, itemgetter("type")):
+                    run = list(same)
+                    outcomes += self._store(run) if kind == "message" else map(self._try, run)
             self.is_failing = False
             return outcomes
         except Exception:
             refusal = self._failed("in changing")
             if len(changes) == 1:
                 return [refusal]
-            alone = [[c] if c["type"] == "kick" else [] for c in changes]  # it needs no row
-            return [next(iter(self.apply(kick)), refusal) for kick in alone]
+            # A kick needs no row, so it is tried once more, alone.
+            return [self.apply([c])[0] if c["type"] == "kick" else refusal for c in changes]
 
     def _store(self, messages: Sequence[Event]) -> list[Event | Refused]:
         """Store messages by one statement, since each gives up Python's interpreter lock."""
@@ -974,20 +943,17 @@ class Storage:
             return Refused("forbidden", "This message was deleted")
         return message if row["id"] == message["id"] else Repeated(type="message", **row)
 
-    def _make_each(self, changes: Sequence[Event]) -> list[Event | Refused]:
-        """Make changes, and answer the events that they are now; what may not be is refused."""
-        outcomes: list[Event | Refused] = []
-        for change in changes:
-            try:
-                self._make(change)
-                outcomes.append({key: change[key] for key in change if key not in ASIDE})
-            except Refused as refusal:
-                outcomes.append(refusal)
-            except Exception:  # it is refused alone, unless the database has given up all of it
-                if not self.writer.in_transaction:
-                    raise
-                outcomes.append(self._failed(f"in changing: {change['type']}"))
-        return outcomes
+    def _try(self, change: Event) -> Event | Refused:
+        """Make a change, and answer the event that it is now; what may not be is refused."""
+        try:
+            self._make(change)
+            return {key: change[key] for key in change if key not in ASIDE}
+        except Refused as refusal:
+            return refusal
+        except Exception:  # it is refused alone, unless the database has given up all of it
+            if not self.writer.in_transaction:
+                raise
+            return self._failed(f"in changing: {change['type']}")
 
     def _make(self, change: Event) -> None:
         """Make a change that is no message; its fields are the statements' parameters."""
@@ -996,14 +962,20 @@ class Storage:
         asking = self._value(sql, (change.get("by"),)) or "member"  # who is banned has no role left
         match change["type"]:
             case "register":
-                change.setdefault("role", self._check_registering(change, asking))
+                is_first = not self._value("SELECT 1 FROM people")  # somebody has to be the admin
+                may = is_first or change["is_open"] or asking == "admin"
+                must(may, "forbidden", "Registration is closed: only an admin may add people")
+                may = change["is_local"] or not is_first
+                must(may, "forbidden", "The first person, the admin, comes over loopback")
+                change.setdefault("role", "admin" if is_first else "member")
                 sql = "INSERT OR IGNORE INTO people (name, folded, password, role) VALUES"
                 done = run(f"{sql} (:user, :folded, :password, :role)", change)
                 must(done.rowcount, "conflict", "This username is taken")
-            case "login":  # the password may have changed while it was checked
+            case "login":  # what was checked may have changed meanwhile
                 run("DELETE FROM logins WHERE ends < :at", change)
                 sql = "INSERT INTO logins SELECT :sid, name, :stays, :ends FROM people"
-                done = run(f"{sql} WHERE name = :user AND password = :password", change)
+                sql += " WHERE name = :user AND password = :password AND NOT banned"
+                done = run(sql, change)
                 must(done.rowcount, "unauthorized", "Bad username or password")
             case "logout":
                 run("DELETE FROM logins WHERE sid = :sid", change)
@@ -1034,15 +1006,6 @@ class Storage:
         row = self.writer.execute(sql, fields).fetchone()
         return row and row[0]
 
-    def _check_registering(self, change: Event, asking: str) -> str:
-        """The role of a new person: somebody has to be the admin."""
-        if self._value("SELECT 1 FROM people"):
-            may = change["is_open"] or asking == "admin"
-            must(may, "forbidden", "Registration is closed: only an admin may add people")
-            return "member"
-        must(change["is_local"], "forbidden", "The first person, the admin, comes over loopback")
-        return "admin"
-
     def _check_author(self, change: Event, asking: str) -> None:
         sql = "SELECT user FROM messages WHERE id = :id AND room = :room AND deleted IS NULL"
         author = self._value(sql, change)
@@ -1059,29 +1022,34 @@ class Storage:
         role = self._value("SELECT role FROM people WHERE name = :user", change)
         may = asking == "admin" or role == "member"
         must(may, "forbidden", f"Only an admin may do this to somebody who is {role}")
-        others = "SELECT 1 FROM people WHERE role = 'admin' AND NOT banned AND name != :user"
-        stays = change["type"] not in ("ban", "role") or change.get("role") == "admin"
-        stays = stays or role != "admin" or self._value(others, change)
-        must(stays, "conflict", "The last admin can be neither banned nor demoted")
+        if role == "admin" and (change["type"] == "ban" or change.get("role", role) != role):
+            others = "SELECT 1 FROM people WHERE role = 'admin' AND NOT banned AND name != :user"
+            last = "The last admin can be neither banned nor demoted"
+            must(self._value(others, change), "conflict", last)
 
 
 # 7. Knowing a user ====================================================================
 # A password is checked once, slowly on purpose, and makes a log-in, which is exchanged for a token:
-# a signed note that says who its bearer is, by which log-in, and until when. That they are not
-# banned and have not logged out is looked up each time; so is what they may do, which is never
-# in the token: it would be true for too long.
+# a signed note of who its bearer is, by which log-in, until when. Whether they are banned or logged
+# out is looked up each time; so is what they may do, which in a token would be true for too long.
 
+begin_chapter("7. Knowing a user", 401, 503)
+oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
+Token = Annotated[str | None, Depends(oauth2)]
 # Letters that cannot be seen, by which one name could pass for another.
 INVISIBLE = "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 MAX_NAME = 32  # characters
 MAX_PASSWORD = 128  # characters
 LONGEST_FORM = 4  # characters make one at most: what has more times its limit is too long anyway
+NO_PASSWORD = f"{'00' * 16}${'00' * 64}"  # what a name that nobody has is checked against
+MAX_HASHING = 20  # passwords that may wait for one of two threads: 2 s
+MAX_HASHING_EACH = 4  # of one address, or one who guesses would keep everybody out
 
 
-def normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
+def normalize(form: Literal["NFC", "NFKC"], text: str, limit: int = MAX_NAME) -> str:
     """A text in its one spelling. Raises ValueError for none, or for over 30 marks on a letter:
     to put them in order takes the square of their number (UAX #15, section 13)."""
-    if text.isascii():
+    if text.isascii() or len(text) > LONGEST_FORM * limit:
         return text
     marks = "".join("m" if unicodedata.combining(character) else "-" for character in text)
     if "m" * 31 in marks or re.search("[\ud800-\udfff]", text):
@@ -1092,8 +1060,7 @@ def normalize(form: Literal["NFC", "NFKC"], text: str) -> str:
 @functools.lru_cache(4096)
 def clean_name(name: str) -> str:
     """A name in its one spelling (NFKC); of any script, many of which spell with marks."""
-    if len(name) <= LONGEST_FORM * MAX_NAME:
-        name = normalize("NFKC", name)
+    name = normalize("NFKC", name)
     start = name[: MAX_NAME + 1]  # enough to see that it is too long
     kinds = "".join("_" if c in "_-" else unicodedata.category(c)[0] for c in start)
     if not re.fullmatch(r"[LN_][LMN_]{0,31}", kinds) or re.search(INVISIBLE, name):
@@ -1107,6 +1074,11 @@ def clean_name(name: str) -> str:
 def fold(name: str) -> str:
     """A name without regard to case, to find a person by. Raises ValueError for a bad one."""
     return normalize("NFKC", clean_name(name).casefold())
+
+
+def fold_start(start: str) -> str:
+    """A name, or the beginning of one, as ``fold`` leaves it; of whom there may be nobody."""
+    return normalize("NFKC", normalize("NFKC", start).casefold())
 
 
 class Bearer(NamedTuple):  # who is asking, by which log-in; times in seconds since 1970
@@ -1126,8 +1098,8 @@ class Claims(BaseModel):  # of a token, all required (RFC 7519; sid, auth_time: 
     exp: float = Field(lt=10**11)
 
 
-def one_spelling(password: str) -> str:
-    return normalize("NFKC", password[: LONGEST_FORM * MAX_PASSWORD])  # keyboards differ
+def one_spelling(password: str) -> str:  # keyboards differ
+    return normalize("NFKC", password[: LONGEST_FORM * MAX_PASSWORD], MAX_PASSWORD)
 
 
 def hash_password(password: str, salt: bytes = b"") -> str:
@@ -1142,12 +1114,6 @@ def is_password(password: str, stored: str) -> bool:
     return secrets.compare_digest(hash_password(password, salt), stored)
 
 
-NO_PASSWORD = f"{'00' * 16}${'00' * 64}"  # what a name that nobody has is checked against
-Change = Callable[[Event], Awaitable[Event]]  # posts a change; see chapter 6
-MAX_HASHING = 20  # passwords that may wait for one of two threads: 2 s
-MAX_HASHING_EACH = 4  # of one address, or one who guesses would keep everybody out
-
-
 class Logins:
     """Checks passwords, and makes and reads tokens: JSON Web Tokens (RFC 7519), by HMAC-SHA256."""
 
@@ -1159,17 +1125,17 @@ class Logins:
         self.storage = storage
         self.change = change
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="password")
-        self.hashing: Counter[str | None] = Counter()  # passwords that wait, of each address
+        self.hashing: list[str | None] = []  # the addresses whose passwords wait
 
     async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
-    async def register(self, name: str, password: str, is_local: bool, **more: Any) -> Event:
+    async def register(self, name: str, password: str, is_local: bool, by: str | None) -> Event:
         """A new person; once that is closed, made ``by`` an admin."""
         stored = await self.in_thread(hash_password, password)
-        person = {"user": name, "folded": fold(name), "password": stored}
-        may = {"by": None, "is_local": is_local, "is_open": self.is_open}
-        return await self.change({"type": "register", **person, **may, **more})
+        person = {"user": name, "folded": fold(name), "password": stored, "by": by}
+        may = {"is_local": is_local, "is_open": self.is_open}
+        return await self.change({"type": "register", **person, **may})
 
     async def check(self, username: str, password: str) -> Any:
         """The person whose password this is, or None. An unknown name takes as long as a known."""
@@ -1238,10 +1204,10 @@ class Logins:
 def load_or_create_secret(db: Path) -> bytes:
     """The key beside the database, made at the first start, readable by its owner only."""
     path = db.with_name(f"{db.name}.secret")
-    private = functools.partial(os.open, mode=0o600)
     try:
-        with suppress(FileExistsError), open(path, "x", opener=private) as file:
-            file.write(secrets.token_hex(32))
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(secrets.token_hex(32))
         secret = path.read_bytes()
     except OSError as error:
         raise StartError(f"CHAT_SECRET is not set, and {str(path)!r}: {error.strerror}") from None
@@ -1250,16 +1216,8 @@ def load_or_create_secret(db: Path) -> bytes:
     return secret
 
 
-begin_chapter("7. Knowing a user", 401, 503)
-oauth2 = OAuth2PasswordBearer(tokenUrl="token", auto_error=False)
-Token = Annotated[str | None, Depends(oauth2)]
-
-
-async def find_me(request: Request, token: Token) -> Any:
-    return request.app.state.logins.find_bearer(token)
-
-
-Me = Annotated[Bearer, Depends(find_me)]
+async def find_me(token: Token) -> Any:
+    return app.state.logins.find_bearer(token)
 
 
 async def token_of(websocket: WebSocket) -> str | None:
@@ -1274,7 +1232,7 @@ class Connection:
 
     def __init__(self, websocket: WebSocket, me: Bearer) -> None:
         self.websocket, self.me = websocket, me
-        self.connections: set[Connection] = websocket.app.state.connections  # all that are open
+        self.connections: set[Connection] = app.state.connections  # all that are open
         self.ended_by: tuple[str, str] | None = None  # code and reason
         self.deadline = asyncio.timeout(me.ends - time.time())
 
@@ -1304,60 +1262,60 @@ class Connection:
 
 async def take_turn(request: Request) -> AsyncIterator[None]:
     """A dependency of routes that hash a password: few at once, and few of each address."""
-    hashing, host = request.app.state.logins.hashing, client_host(request)
-    may = hashing.total() < MAX_HASHING and hashing[host] < MAX_HASHING_EACH
+    hashing, host = app.state.logins.hashing, client_host(request)
+    may = len(hashing) < MAX_HASHING and hashing.count(host) < MAX_HASHING_EACH
     must(may, "unavailable", "Too many log-ins at once, try again", retry_after=2)
-    hashing[host] += 1
+    hashing.append(host)
     try:
         yield
     finally:
-        hashing[host] -= 1
-        if not hashing[host]:
-            del hashing[host]
+        hashing.remove(host)
 
 
 HASHES: dict[str, Any] = {"dependencies": [Depends(take_turn)], "responses": OF_BODY}
+Me = Annotated[Bearer, Depends(find_me)]
 InBody = Annotated[str, Body()]  # a field of the JSON body
-Stay = Annotated[bool, Body()]
 NewName = Annotated[str, Body(), AfterValidator(clean_name)]
 OfLength = Field(min_length=8, max_length=MAX_PASSWORD)
 NewPassword = Annotated[str, Body(embed=True), OfLength, AfterValidator(one_spelling)]
 
 
 @app.post("/login", **HASHES)
-async def login(request: Request, username: InBody, password: InBody, stay: Stay = False) -> Any:
+async def login(username: InBody, password: InBody, stay: Annotated[bool, Body()] = False) -> Any:
     """Log in. A log-in that stays can be renewed by an expired token as well."""
-    return await request.app.state.logins.log_in(username, password, stay)
+    return await app.state.logins.log_in(username, password, stay)
 
 
 @app.post("/token", **HASHES)
-async def token(request: Request, form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> Any:
+async def token(form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> Any:
     """The same as an OAuth2 password form, for the Authorize button of /docs."""
-    return await request.app.state.logins.log_in(form.username, form.password)
+    return await app.state.logins.log_in(form.username, form.password)
 
 
 @app.post("/renew")
-async def renew(request: Request, token: Token) -> Any:
+async def renew(token: Token) -> Any:
     """A new token for the same log-in; its sockets live on until that one ends."""
-    return await request.app.state.logins.renew(token)
+    return await app.state.logins.renew(token)
 
 
 @app.post("/register", status_code=201, **HASHES | {"responses": OF_BODY | answers(409)})
-async def register(
-    request: Request, token: Token, username: NewName, password: NewPassword
-) -> dict[str, Any]:
+async def register(request: Request, token: Token, username: NewName, password: NewPassword) -> Any:
     """Become a person; the first one is the admin. An admin's token is needed once it is closed."""
-    logins, host = request.app.state.logins, client_host(request) or ""
+    logins, host = app.state.logins, client_host(request) or ""
     by = logins.find_bearer(token).name if token and not logins.is_open else None
-    is_local = is_loopback(host) or not re.search("[.:]", host)  # that is no address
-    person = await logins.register(username, password, is_local, by=by)
+    # A proxy on this machine connects over loopback as well; where there is no address, no network.
+    forwarded = {"forwarded", "x-forwarded-for", "x-real-ip"} & {*request.headers}
+    public = [o for o in app.state.origins if o.endswith(f"//{request.headers.get('host')}")]
+    is_near = is_loopback(host) or not re.search("[.:]", host)
+    is_local = is_near and not forwarded and not public
+    person = await logins.register(username, password, is_local, by)
     return {"username": person["user"], "role": person["role"]}
 
 
 @app.put("/me/password", **HASHES)
-async def change_password(request: Request, me: Me, old: InBody, new: NewPassword) -> Any:
+async def change_password(me: Me, old: InBody, new: NewPassword) -> Any:
     """Change the password, which ends all log-ins; answers the token of a new one."""
-    logins = request.app.state.logins
+    logins = app.state.logins
     person = await logins.check(me.name, old)
     must(person, "forbidden", "The old password is wrong")
     change = {"type": "password", "user": me.name, "old": person["password"], "by": me.name}
@@ -1373,15 +1331,15 @@ async def read_me(me: Me) -> dict[str, Any]:
 
 
 @app.post("/logout", status_code=204)
-async def logout(request: Request, me: Me) -> None:
+async def logout(me: Me) -> None:
     """Refuse the log-in from now on, and close the sockets that were opened with it."""
-    await request.app.state.change({"type": "logout", "user": me.name, "sid": me.sid})
+    await app.state.change({"type": "logout", "user": me.name, "sid": me.sid})
 
 
 @app.websocket("/ws/protected")
 async def protected(websocket: WebSocket) -> None:
     await websocket.accept()
-    me = websocket.app.state.logins.find_bearer(await token_of(websocket))
+    me = app.state.logins.find_bearer(await token_of(websocket))
     async with Connection(websocket, me):
         await websocket.send_text(f"Hello {me.name}, you are authenticated!")
         while True:
@@ -1393,55 +1351,48 @@ async def protected(websocket: WebSocket) -> None:
 # does it. So a demotion counts from the next change on, be it one in the same batch; a ban also
 # ends the sockets. The rule stands in chapter 6 (`_check_role`); here it gets its routes.
 
-
-def fold_start(start: str) -> str:
-    """A name, or the beginning of one, as ``fold`` leaves it; of whom there may be nobody."""
-    return normalize("NFKC", normalize("NFKC", start).casefold())
-
-
-Username = Annotated[str, AfterValidator(fold_start)]
 begin_chapter("8. Roles", 401, 404, 503)
+Username = Annotated[str, AfterValidator(fold_start)]
 NewRole = Annotated[Literal["member", "moderator", "admin"], Body(embed=True)]
 
 
-async def act(request: Request, me: Bearer, kind: str, name: str, **more: Any) -> dict[str, Any]:
+async def act(me: Bearer, kind: str, name: str, **more: Any) -> dict[str, Any]:
     """Post what somebody does to another; logged, since they may be asked why."""
-    change = {"type": kind, "folded": name, "by": me.name, **more}
-    event = await request.app.state.change(change)
+    event = await app.state.change({"type": kind, "folded": name, "by": me.name, **more})
     log.info("%r: %s of %r", me.name, event.get("role", kind), event["user"])
     told = {key: event[key] for key in ("role", "banned", "sockets") if key in event}
     return {"username": event["user"], **told}
 
 
 @app.put("/users/{username}/role", responses=OF_BODY | answers(409))
-async def set_role(request: Request, role: NewRole, username: Username, me: Me) -> dict[str, Any]:
+async def set_role(role: NewRole, username: Username, me: Me) -> dict[str, Any]:
     """Make somebody a member, moderator or admin; for admins."""
-    return await act(request, me, "role", username, role=role)
+    return await act(me, "role", username, role=role)
 
 
 @app.put("/users/{username}/password", status_code=204, **HASHES)
-async def reset_password(request: Request, username: Username, new: NewPassword, me: Me) -> None:
+async def reset_password(username: Username, new: NewPassword, me: Me) -> None:
     """Give somebody a new password, which ends all of their log-ins; for admins."""
-    stored = await request.app.state.logins.in_thread(hash_password, new)
-    await act(request, me, "password", username, password=stored)
+    stored = await app.state.logins.in_thread(hash_password, new)
+    await act(me, "password", username, password=stored)
 
 
 @app.post("/users/{username}/kick")
-async def kick(request: Request, username: Username, me: Me) -> dict[str, Any]:
+async def kick(username: Username, me: Me) -> dict[str, Any]:
     """Close somebody's sockets, who may come back; for moderators."""
-    return await act(request, me, "kick", username)
+    return await act(me, "kick", username)
 
 
 @app.post("/users/{username}/ban", responses=answers(409))
-async def ban(request: Request, username: Username, me: Me) -> dict[str, Any]:
+async def ban(username: Username, me: Me) -> dict[str, Any]:
     """Let somebody log in and send no more, and close their sockets; for moderators."""
-    return await act(request, me, "ban", username, banned=True)
+    return await act(me, "ban", username, banned=True)
 
 
 @app.post("/users/{username}/unban")
-async def unban(request: Request, username: Username, me: Me) -> dict[str, Any]:
+async def unban(username: Username, me: Me) -> dict[str, Any]:
     """Lift a ban; for moderators."""
-    return await act(request, me, "unban", username, banned=False)
+    return await act(me, "unban", username, banned=False)
 
 
 # 9. Rooms =============================================================================
@@ -1534,18 +1485,18 @@ class Outlet:
 
     def __init__(self, websocket: WebSocket) -> None:
         self.websocket = websocket
-        self.ready = True  # for frames; when it is again, on_ready is called
-        self.on_ready: Callable[[], object] = lambda: None
+        self.writable = asyncio.Event()  # set while it takes frames
+        self.writable.set()
 
     def write(self, frames: Frames) -> None:
-        self.ready, self.sending = False, asyncio.create_task(self._send(frames))
+        self.writable.clear()
+        self.sending = asyncio.create_task(self._send(frames))
 
     async def _send(self, frames: Frames) -> None:
         with suppress(Exception):  # a closed one takes everything
             for payload in frames.payloads:
                 await self.websocket.send_text(payload.decode())
-        self.ready = True
-        self.on_ready()
+        self.writable.set()
 
 
 class Client(Connection):
@@ -1556,9 +1507,8 @@ class Client(Connection):
         self.encode = encode
         self.cursors: dict[Room, int] = {}
         self.outbox: list[bytes] = []  # lines for this client alone, before what its rooms have
-        self.written = asyncio.Event()  # nothing is left in the outbox
         self.outlet = websocket.scope.get("extensions", {}).get("lobby") or Outlet(websocket)
-        self.outlet.on_ready = self.flush
+        self.waiting: asyncio.Task[None] | None = None  # until the outlet takes frames again
 
     def take(self, most: float = math.inf) -> list[bytes]:
         """What is new for this client, as lines, until it is ``most`` bytes; moves its cursors."""
@@ -1575,7 +1525,7 @@ class Client(Connection):
 
     def hear(self, room: Room, batch: Batch, number: int) -> None:
         """Write a new batch at once, if all before it was read, and the outlet is ready."""
-        if self.cursors[room] == number and not self.outbox and self.outlet.ready:
+        if self.cursors[room] == number and not self.outbox and self.outlet.writable.is_set():
             self.cursors[room] += 1
             self.outlet.write(batch[self.encode])
         elif self.cursors[room] < room.first:
@@ -1584,15 +1534,21 @@ class Client(Connection):
             self.flush()
 
     def flush(self) -> None:
-        while self.outlet.ready and not self.ended_by and (lines := self.take(MAX_FRAME)):
+        """Write what is new while the outlet takes it, and the rest when it does again."""
+        is_writable = self.outlet.writable.is_set
+        while is_writable() and not self.ended_by and (lines := self.take(MAX_FRAME)):
             self.outlet.write(Frames(lines, self.encode))
-        if not self.outbox:
-            self.written.set()
+        if not is_writable() and not self.waiting:
+            self.waiting = asyncio.create_task(self.flush_later())
+
+    async def flush_later(self) -> None:
+        await self.outlet.writable.wait()
+        self.waiting = None
+        self.flush()
 
     def tell(self, *events: Event) -> None:
         """Say something to this client alone, after what it has not read: so ids only grow."""
         self.outbox = self.take() + self.encode(events)
-        self.written.clear()
         self.flush()
         if sum(map(len, self.outbox)) > MAX_OUTBOX:
             self.end(*TOO_SLOW)
@@ -1651,7 +1607,6 @@ class ConnectionManager:
     def disconnect(self, client: Client) -> None:
         for room in list(client.cursors):
             self.leave(client, room)
-        client.outlet.on_ready = lambda: None  # nothing refers back, so nothing is left to collect
         self.clients[client.me.name].discard(client)
         if not self.clients[client.me.name]:
             del self.clients[client.me.name], self.roles[client.me.name]
@@ -1769,14 +1724,13 @@ class ConnectionManager:
         return [one for one in mine if one.me.sid == event.get("sid", one.me.sid)]
 
     def broadcast(self, room: str, events: Sequence[Event]) -> None:
-        """Append to a room's log, which writes to its followers. In a private conversation, tell
-        the other sockets of the two as well, except who came and went."""
+        """Append to a room's log, and tell the two of a private one on their other sockets too."""
         if room in self.rooms:
             self.rooms[room].append(events)
-        private = [event for event in events if event["type"] not in ("joined", "left")]
+        told = [event for event in events if event["type"] not in ("joined", "left")]
         for client in {client for name in members(room) for client in self.clients.get(name, ())}:
             if self.rooms.get(room) not in client.cursors:
-                client.tell(*private)
+                client.tell(*told)
 
 
 # 10. The chat =========================================================================
@@ -1820,9 +1774,7 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff]")
 
 def clean_text(text: str) -> str:
     """A message's text in its one spelling (NFC), trimmed. Raises ValueError for a bad one."""
-    text = text.replace("\r\n", "\n").strip()
-    if len(text) <= LONGEST_FORM * MAX_TEXT:
-        text = normalize("NFC", text)
+    text = normalize("NFC", text.replace("\r\n", "\n").strip(), MAX_TEXT)
     if len(text) > MAX_TEXT:
         raise PydanticCustomError("too_long", "The text is longer than 4,000 characters")
     if not text or FORBIDDEN.search(text):
@@ -1846,7 +1798,7 @@ NewMid = Annotated[Mid | None, Body()]
 Id = Annotated[int, Field(ge=0, le=MAX_ID)]
 Limit = Annotated[int, Field(ge=1, le=200)]
 NameStart = Annotated[str, Query(max_length=80), AfterValidator(fold_start)]
-SearchText = Annotated[str, Query(max_length=200), AfterValidator(lambda q: normalize("NFC", q))]
+Search = Annotated[str, Query(max_length=200), AfterValidator(lambda q: normalize("NFC", q, 200))]
 
 
 class Incoming(BaseModel):  # what a lobby.v1 client sends
@@ -1891,22 +1843,17 @@ def new_message(room: str, me: Bearer, text: str, mid: str | None) -> Event:
     return event | {"at": 0.0, "mid": mid}
 
 
-def history_event(room: str, messages: list[Event], more: bool, complete: bool = True) -> Event:
-    event: Event = {"type": "history", "room": room, "messages": messages}
-    return event | {"more": more, "complete": complete}
-
-
 def may_see(room: str, me: Bearer) -> bool:
     return not members(room) or me.name in members(room)
 
 
-def find_room(storage: Storage, name: str, me: Bearer) -> str:
+def find_room(name: str, me: Bearer) -> str:
     """The true name of a room. A conversation between others is refused like one that cannot be."""
     if not members(name):
         return name
     with suppress(ValueError, KeyError):  # not two, no name, or not mine
         one, other = map(fold, members(name))
-        if person := storage.find_person({one: other, other: one}[fold(me.name)]):
+        if person := app.state.storage.find_person({one: other, other: one}[fold(me.name)]):
             return "@" + "+".join(sorted((me.name, person["name"])))
     raise Refused("unknown_room", "No such room or person")
 
@@ -1925,66 +1872,40 @@ def error_event(error: Refused | ValidationError, about: Event) -> Event:
     return event | ({"retry_after": error.retry_after} if error.retry_after else {})
 
 
-async def chat(websocket: WebSocket) -> None:
-    """The chat socket. Once it is accepted, nothing waits until the client is welcome."""
-    encode = as_json if CHAT_PROTOCOL in websocket.scope["subprotocols"] else as_plain
-    await websocket.accept(CHAT_PROTOCOL if encode is as_json else None)
-    token, state = await token_of(websocket), websocket.app.state
-    me = state.logins.find_bearer(token)
-    client = ChatClient(websocket, me, encode)
-    log.info("connected %r from %s", me.name, client_host(websocket))
-    try:
-        async with client:
-            state.manager.connect(client, state.settings.sockets_per_user)
-            await client.listen()
-    finally:
-        state.manager.disconnect(client)
-        log.info("disconnected %r", me.name)
-
-
-app.router.add_websocket_route("/ws/chat", chat)  # Starlette's: there is nothing to be injected
-
-
 class ChatClient(Client):
     """A client that does what it is told."""
-
-    def __init__(self, websocket: WebSocket, me: Bearer, encode: Encode) -> None:
-        super().__init__(websocket, me, encode)
-        state = websocket.app.state
-        self.manager: ConnectionManager = state.manager
-        self.storage: Storage = state.storage
-        self.limit: RateLimit = state.limit
 
     async def listen(self) -> None:
         """Join what the URL asks for, then do what each frame asks for."""
         is_json = self.encode is as_json
         query = {"room": "lobby", **self.websocket.query_params, "type": "join"}
         query["room"] = query["room"].replace(" ", "+")  # what a "+" in a query means
-        await self.attempt(self.obey_json, json.dumps(query))
+        await self.obey(json.dumps(query), is_json=True)
         while True:
             frame = await receive_text(self.websocket)
             lines = frame.split("\n") if is_json else [frame]
             for line in lines:
-                await self.written.wait()  # who reads no answers is not listened to
-                await self.attempt(self.obey_json if is_json else self.obey_plain, line)
+                while self.outbox and self.waiting:  # who reads no answers is not listened to
+                    await self.waiting
+                await self.obey(line, is_json)
                 if len(lines) > 1:  # there may be thousands: let others go between
                     await asyncio.sleep(0)
 
-    async def attempt(self, obey: Callable[[str], Awaitable[None]], line: str) -> None:
+    async def obey(self, line: str, is_json: bool) -> None:
         """Do what a line asks for, or tell why not."""
         try:
-            await obey(line)
+            if is_json:
+                event = Incoming.model_validate_json(line)
+                must(event.mid or event.type != "message", "invalid", "A message has a 'mid'")
+                await self.do(event)
+            else:
+                await self.obey_plain(line)
         except (ValidationError, Refused) as error:
             about = json_or_none(line)
             self.tell(error_event(error, about if isinstance(about, dict) else {}))
 
-    async def obey_json(self, line: str) -> None:
-        event = Incoming.model_validate_json(line)
-        must(event.mid or event.type != "message", "invalid", "A message has a 'mid'")
-        await self.do(event)
-
     async def obey_plain(self, line: str) -> None:
-        """Plain text: a command, or a message to the one room that such a client is in."""
+        """A command, or a message to the one room that such a client is in."""
         room = next(iter(self.cursors), None)
         match line.split() if line.startswith("/") else None:
             case None:
@@ -2009,66 +1930,77 @@ class ChatClient(Client):
             is_whole = event.text and (event.room is None) != (event.to is None)
             must(is_whole, "invalid", "A message has a 'text', and a 'room' or a person ('to')")
         must(event.room or event.to is not None, "invalid", "Name the 'room'")
-        named = event.room or f"@{self.me.name}+{event.to}"
-        if event.type == "join":
-            while wait := self.limit.retry_after(f"join {self.me.name}", self.limit.rate):
-                self.flush()
-                await asyncio.sleep(wait)  # everybody in the room hears of joins
-        name = find_room(self.storage, named, self.me)
-        room = self.manager.rooms.get(name)
+        name = find_room(event.room or f"@{self.me.name}+{event.to}", self.me)
+        room = app.state.manager.rooms.get(name)
         match event.type:
             case "message":
                 self.send(name, event.text or "", event.mid)
             case "join":
+                limit = app.state.limit
+                while wait := limit.retry_after(f"join {self.me.name}", limit.rate):
+                    self.flush()
+                    await asyncio.sleep(wait)  # everybody in the room hears of joins
                 self.join(name, event.after, event.epoch)
             case "leave" if room in self.cursors:
-                self.manager.leave(self, room)
+                app.state.manager.leave(self, room)
             case "typing":
                 may = room in self.cursors or members(name)
                 must(may, "forbidden", "Join the room first")
-                if not self.limit.retry_after(f"typing {self.me.name} {name}", TYPING_RATE):
-                    self.manager.post({"type": "typing", "room": name, "user": self.me.name})
+                if not app.state.limit.retry_after(f"typing {self.me.name} {name}", TYPING_RATE):
+                    app.state.manager.post({"type": "typing", "room": name, "user": self.me.name})
             case "history":
-                page = self.storage.page(name, event.limit, event.before)
-                self.tell(history_event(name, *page))
+                self.tell(app.state.storage.page(name, event.limit, event.before))
 
     def send(self, room: str, text: str, mid: str | None) -> None:
         """Post a message. What becomes of it comes back through the room, or to it alone."""
-        self.limit.spend(self.me.name)
+        app.state.limit.spend(self.me.name)
 
         def answer(outcome: Event | Refused) -> None:
-            is_told = self.manager.rooms.get(room) in self.cursors or members(room)
+            is_told = app.state.manager.rooms.get(room) in self.cursors or members(room)
             if isinstance(outcome, Refused):
                 self.tell(error_event(outcome, message))
             elif isinstance(outcome, Repeated) or not is_told:
                 self.tell(outcome)
 
         message = new_message(room, self.me, text, mid)
-        self.manager.post(message, answer)
+        app.state.manager.post(message, answer)
 
     def join(self, room: str, after: int | None, epoch: str | None) -> None:
         """Join, and read on after this id; or from the newest page, if that is not to be had."""
-        past: list[Event] = []
-        is_ours = epoch in (None, self.storage.epoch)
-        missed = self.storage.missed(room, after) if is_ours and after is not None else None
-        if missed:
-            past = [history_event(room, missed[0], more=False), *missed[1]]
-        elif self.encode is as_json or after is not None:
-            page = self.storage.page(room, HISTORY)
-            past = [history_event(room, *page, complete=after is None)]
-        self.manager.join(self, room, past)
+        storage, past = app.state.storage, None
+        if after is not None and epoch in (None, storage.epoch):
+            past = storage.missed(room, after)
+        if not past and (self.encode is as_json or after is not None):
+            past = [storage.page(room, HISTORY) | {"complete": after is None}]
+        app.state.manager.join(self, room, past or [])
 
 
+async def chat(websocket: WebSocket) -> None:
+    """The chat socket. Once it is accepted, nothing waits until the client is welcome."""
+    encode = as_json if CHAT_PROTOCOL in websocket.scope["subprotocols"] else as_plain
+    await websocket.accept(CHAT_PROTOCOL if encode is as_json else None)
+    me = app.state.logins.find_bearer(await token_of(websocket))
+    client = ChatClient(websocket, me, encode)
+    log.info("connected %r from %s", me.name, client_host(websocket))
+    try:
+        async with client:
+            app.state.manager.connect(client, app.state.settings.sockets_per_user)
+            await client.listen()
+    finally:
+        app.state.manager.disconnect(client)
+        log.info("disconnected %r", me.name)
+
+
+app.router.add_websocket_route("/ws/chat", chat)  # Starlette's: there is nothing to be injected
 begin_chapter("10. The chat", 401, 503)
+STORED = OF_BODY | answers(404, 429) | {200: {"description": "The original of a repeated one"}}
 
 
 @app.get("/rooms")
-async def list_rooms(
-    request: Request, me: Me, limit: Limit = 100, before: Id = MAX_ID, q: NameStart = ""
-) -> list[dict[str, Any]]:
+async def list_rooms(me: Me, limit: Limit = 100, before: Id = MAX_ID, q: NameStart = "") -> Any:
     """The rooms that the caller may see, the most recently written first, then the unwritten;
     those before this ``last_id``, whose names begin with ``q``."""
-    storage, opened = request.app.state.storage, request.app.state.manager.rooms
+    storage, opened = app.state.storage, app.state.manager.rooms
     find = functools.partial(storage.find_rooms, q)
     written = await find("", limit, before) + await find(me.name, limit, before)
     found = dict(sorted(written, key=itemgetter(1), reverse=True)[:limit])
@@ -2082,53 +2014,48 @@ async def list_rooms(
 
 @app.get("/rooms/{room}/messages", responses=answers(404))
 async def read_messages(
-    request: Request,
     me: Me,
     room: RoomName,
     before: Id = MAX_ID,
     after: Id | None = None,
     limit: Limit = HISTORY,
-    q: SearchText = "",
+    q: Search = "",
 ) -> dict[str, Any]:
     """A page, oldest first: after ``after`` if that is given, else before ``before``; with ``q``,
     of messages that have this in their text, taken literally, whatever its case."""
-    storage = request.app.state.storage
-    where = (find_room(storage, room, me), limit, before, after)
-    messages, more = await storage.search(q, *where) if q else storage.page(*where)
-    return {"messages": messages, "more": more}
+    storage = app.state.storage
+    where = (find_room(room, me), limit, before, after)
+    if not q:
+        page = storage.page(*where)
+    else:
+        async with storage.searchers[me.name]:  # who has many waits for themselves
+            page = await storage.search(q, *where)
+    return {"messages": page["messages"], "more": page["more"]}
 
 
-@app.post(
-    "/rooms/{room}/messages",
-    status_code=201,
-    responses=OF_BODY | answers(404, 429) | {200: {"description": "The original"}},
-)
-async def post_message(
-    request: Request, me: Me, room: RoomName, text: NewText, mid: NewMid = None
-) -> Response:
+@app.post("/rooms/{room}/messages", status_code=201, responses=STORED)
+async def post_message(me: Me, room: RoomName, text: NewText, mid: NewMid = None) -> Response:
     """Answers once it is stored: 201, or 200 with the original of a ``mid`` sent before."""
-    state = request.app.state
-    message = new_message(find_room(state.storage, room, me), me, text, mid)
-    state.limit.spend(me.name)
-    stored = await state.change(message)
+    message = new_message(find_room(room, me), me, text, mid)
+    app.state.limit.spend(me.name)
+    stored = await app.state.change(message)
     return JSONResponse(stored, 200 if isinstance(stored, Repeated) else 201)
 
 
 @app.delete("/rooms/{room}/messages/{id}", status_code=204, responses=answers(404, 429))
-async def delete_message(request: Request, me: Me, room: RoomName, id: Id) -> None:
+async def delete_message(me: Me, room: RoomName, id: Id) -> None:
     """Take a message out; for its author, and for moderators."""
-    state = request.app.state
-    change = {"type": "deleted", "room": find_room(state.storage, room, me), "id": id}
-    state.limit.spend(me.name)
-    await state.change(change | {"by": me.name})
+    change = {"type": "deleted", "room": find_room(room, me), "id": id, "by": me.name}
+    app.state.limit.spend(me.name)
+    await app.state.change(change)
 
 
 @app.get("/users")
-async def list_users(request: Request, me: Me, q: NameStart | None = None) -> list[dict[str, Any]]:
+async def list_users(me: Me, q: NameStart | None = None) -> list[dict[str, Any]]:
     """Who is online. With ``q``: whose names begin so, online or not, the first 50; to moderators,
     also whether they are banned."""
-    manager, storage = request.app.state.manager, request.app.state.storage
-    found = sorted(manager.roles.items()) if q is None else storage.find_people(q)
+    manager = app.state.manager
+    found = sorted(manager.roles.items()) if q is None else app.state.storage.find_people(q)
     users = []
     for name, role, *banned in found:
         clients = manager.clients.get(name, ())
@@ -2139,14 +2066,13 @@ async def list_users(request: Request, me: Me, q: NameStart | None = None) -> li
 
 
 @app.get("/healthz")
-async def healthz(request: Request) -> dict[str, Any]:
+async def healthz() -> dict[str, Any]:
     """For whoever watches the server: people online and rooms open; 503 if it could not store."""
-    state = request.app.state
-    if state.checking is None or state.checking.done():  # one serves all who ask meanwhile
-        state.checking = asyncio.create_task(state.change({"type": "health"}))
-    await asyncio.shield(state.checking)
-    rooms = [room for room in state.manager.rooms if not members(room)]
-    return {"status": "ok", "online": len(state.manager.clients), "rooms": len(rooms)}
+    if app.state.checking is None or app.state.checking.done():  # one serves all who ask meanwhile
+        app.state.checking = asyncio.create_task(app.state.change({"type": "health"}))
+    await asyncio.shield(app.state.checking)
+    rooms = [room for room in app.state.manager.rooms if not members(room)]
+    return {"status": "ok", "online": len(app.state.manager.clients), "rooms": len(rooms)}
 
 
 # 11. Serving ==========================================================================
@@ -2173,6 +2099,8 @@ def check_demo_people(settings: Settings, storage: Storage) -> None:
 
 def hide_secrets(record: logging.LogRecord) -> bool:
     """URLs are logged, and a token may be in their query, or by mistake in their path."""
+    if record.msg.startswith("Invalid UTF-8"):  # a client's doing, and a traceback each
+        return False
     if isinstance(record.args, tuple):  # uvicorn's formatter wants them whole
         hide = functools.partial(re.sub, r"(\?)[^\s\"']*|eyJ[\w.-]{20,}", r"\1...")
         record.args = tuple(hide(a) if isinstance(a, str) else a for a in record.args)
@@ -2195,9 +2123,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         committer = asyncio.create_task(state.manager.commit_forever())
         try:
             if settings.demo_users and not storage.find_people(""):
-                for name, password in DEMO_PEOPLE.items():
-                    role = "admin" if name == "admin" else "member"
-                    await state.logins.register(name, password, True, role=role)
+                for name in ("admin", "user1", "user2"):  # the first is the admin, who adds others
+                    await state.logins.register(name, DEMO_PEOPLE[name], True, by="admin")
             yield
         finally:
             await state.change({"type": "stop"})  # changes nothing, but all before it is done
@@ -2211,6 +2138,8 @@ HEAD_SECONDS = 20  # how long a connection may go without a whole head of a requ
 PONG_SECONDS = 120.0  # a ping may stand behind megabytes for a slow line
 SEND_BUFFER = 256 * KIB  # of the kernel, for each socket: it would hide megabytes
 MAX_FRAGMENTS = 1_024  # frames that one message may come in
+MAX_AHEAD = 16  # requests that are sent before the first is answered
+MAX_PINGS = 50  # pings and pongs in 4 KiB: each costs the loop as much as a message
 MAX_HEAD = 64 * KIB  # bytes of a request before its body
 
 
@@ -2230,6 +2159,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         super()._unset_keepalive_if_required()
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_AHEAD:
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -2244,23 +2175,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 class ChatProtocol(WebSocketsSansIOProtocol):
     """uvicorn's WebSocket protocol, as an outlet, and with what it lacks; by no public API."""
 
-    on_ready: Callable[[], object] = staticmethod(lambda: None)
-
-    @property
-    def ready(self) -> bool:
-        return self.writable.is_set()
-
     def write(self, frames: Frames) -> None:
         if not (self.close_sent or self.transport.is_closing()):  # else it takes everything
             self.transport.write(frames.wire)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self.on_ready()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self.on_ready()
 
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
@@ -2279,8 +2196,10 @@ class ChatProtocol(WebSocketsSansIOProtocol):
         """Take bytes; refuse a handshake that is none, on which uvicorn would wait for more."""
         if self.handshake_initiated and not self.handshake_complete:
             self.transport.abort()  # a client waits for the answer (RFC 6455, section 4.1)
-            return
-        super().data_received(data)
+        for start in range(0, len(data), 4 * KIB):
+            self.pings = 0
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + 4 * KIB])
         if not self.handshake_initiated:
             self.transport.write(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n")
             self.transport.close()
@@ -2291,7 +2210,17 @@ class ChatProtocol(WebSocketsSansIOProtocol):
         if not self.disconnected:  # what waits to be sent may wait forever
             self.loop.call_later(self.close_timeout, self.transport.abort)
 
+    def count_ping(self) -> None:
+        self.pings += 1
+        if self.pings > MAX_PINGS:
+            self.transport.abort()
+
+    def handle_pong(self, event: Any) -> None:
+        self.count_ping()
+        super().handle_pong(event)
+
     def handle_ping(self) -> None:
+        self.count_ping()
         if self.writable.is_set():
             super().handle_ping()
         else:  # its sender does not read: the answers would pile up
@@ -2311,8 +2240,9 @@ def open_listener(settings: Settings) -> socket.socket:
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
-        where = f"CHAT_HOST={settings.host!r}, CHAT_PORT={settings.port}"
-        raise StartError(f"{where}: {error}") from None
+        raise StartError(
+            f"CHAT_HOST={settings.host!r}, CHAT_PORT={settings.port}: {error}"
+        ) from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if sys.platform == "linux":  # who takes nothing, or has vanished, is gone; over HTTP too
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -2356,23 +2286,18 @@ def main() -> None:
 # One constant, sent as it is: nothing is put into it on the server, so nothing can be
 # smuggled in. Its policy lets exactly this script and this style run, by their hashes.
 
+begin_chapter("12. The page")
+
 
 @functools.cache  # at its first use, since the constant stands below
 def page_headers() -> dict[str, str]:
-    hashes = {
-        tag: base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        for tag, content in re.findall(r"<(script|style)>(.*?)</\1>", PAGE, re.DOTALL)
-    }
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
-        f"style-src 'sha256-{hashes['style']}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    policy += "form-action 'none'; frame-ancestors 'none'"
+    for tag, content in re.findall(r"<(script|style)>(.*?)</\1>", PAGE, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest())
+        policy += f"; {tag}-src 'sha256-{digest.decode()}'"
     headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
     return headers | {"Content-Security-Policy": policy}
-
-
-begin_chapter("12. The page")
 
 
 @app.get("/", response_class=HTMLResponse)
