@@ -42,7 +42,7 @@ from typing import Any
 import httpx2
 import jwt
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -4830,9 +4830,18 @@ def test_axe_finds_nothing_inaccessible(
 # -- README --------------------------------------------------------------------------------
 
 
+def readme(language: str = "", containing: str = "") -> str:
+    """Its text or, with a language, the first block of it that contains this."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    if not language:
+        return text
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return str(next(block for block in blocks if containing in block))
+
+
 def table(heading: str) -> list[list[str]]:
     """The cells of the README's table under this heading, without their backquotes."""
-    section = (HERE / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    section = readme().split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     return [[cell.strip().replace("`", "") for cell in row.split("|")[1:-1]] for row in rows]
 
@@ -4991,7 +5000,7 @@ def test_chapters_1_to_4_copied_out_are_a_program(
 
 def test_the_readmes_walk_through_gives_the_printed_answers(serve: Callable[..., Server]) -> None:
     """Its curl commands and its socket session, run as they stand but for port and token."""
-    text = (HERE / "README.md").read_text()
+    text = readme()
     server = serve()
     command, answer = re.search(r"\$ (curl [^$]*?)\n(\{.*\})", text).groups()  # type: ignore[union-attr]
     assert shutil.which("curl"), "curl is not installed"
@@ -4999,7 +5008,7 @@ def test_the_readmes_walk_through_gives_the_printed_answers(serve: Callable[...,
     printed = json.loads(subprocess.check_output(command, shell=True, timeout=20))
     assert printed.keys() == json.loads(answer.replace("eyJhbGciOi...", "eyJhbGciOi")).keys()
     assert printed["expires_in"] == json.loads(answer)["expires_in"]
-    session = re.search(r"\$ wscat [^\n]*\n(.*?)```", text, re.DOTALL)
+    session = re.search(r"\$ [^\n]* -m websockets [^\n]*\n(.*?)```", text, re.DOTALL)
     assert session
     with server.connect(f"/ws/chat?token={printed['access_token']}") as websocket:
         for line in session[1].strip().splitlines():
@@ -5018,6 +5027,184 @@ def test_the_readmes_walk_through_gives_the_printed_answers(serve: Callable[...,
                 command, shell=True, timeout=20, env=os.environ | admin, text=True
             )
             assert printed == answer
+
+
+def test_the_session_socket_alone_is_a_program(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    """Of what README says is to be copied for it."""
+    source = (HERE / "app.py").read_text(encoding="utf-8")
+
+    def cut(start: str, end: str) -> str:
+        found = re.search(rf"^{start}.*?(?={end})", source, re.DOTALL | re.MULTILINE)
+        assert found, start
+        return f"{found[0]}\n\n\n"
+
+    row = re.findall(r"^\| the session socket alone \|(.*?)\|", readme(), re.MULTILINE)[0]
+    names = re.findall(r"`(\w+)`", row)
+    helpers = [cut(rf"(?:async )?def {name}\(", r"\n\n\n") for name in names]
+    chapters = cut("from __future__", "^# 2[.] "), cut("# 4[.] ", "^# 5[.] ")
+    program = tmp_path / "copied.py"
+    run = "import uvicorn; uvicorn.run(app, port=0)\n"
+    program.write_text(chapters[0] + "".join(helpers) + chapters[1] + run, encoding="utf-8")
+    server = serve(command=[str(program)])
+    path = f"/ws/{server.request('/create-session', {})['session_id']}"
+    with server.connect(path) as one, server.connect(path) as two:
+        one.send("hello")
+        assert one.recv(timeout=20) == two.recv(timeout=20) == f"Session {path[4:]}: hello"
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_the_readme_lists_what_a_client_may_send() -> None:
+    section = readme().split("| you send |")[1].split("| you receive |")[0]
+    words = set(re.findall(r'"(\w+)"', section))
+    model = lobby.Incoming.model_fields
+    assert words == {*model["type"].annotation.__args__, *model}
+
+
+def test_the_readmes_client_loses_and_repeats_nothing(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    """As printed: it starts while there is no server, and the server is killed under it."""
+    program, seen = tmp_path / "client.py", tmp_path / "seen.txt"
+    program.write_text(readme("python", "outbox"))
+    server = serve()
+    secret, other = server.token(), bearer_of(server.token("user2"))
+    command = [sys.executable, program, f"ws://127.0.0.1:{server.port}/ws/chat", secret, "1", "2"]
+
+    def restart() -> Server:
+        server.stop(getattr(signal, "SIGKILL", signal.SIGTERM))
+        return serve(port=f"{server.port}")
+
+    def wait_for(lines: str) -> None:
+        for _ in range(400):
+            if seen.read_text() == lines:
+                return
+            time.sleep(0.05)
+        raise AssertionError(seen.read_text())
+
+    server.stop()
+    with seen.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as client:
+        try:
+            server = serve(port=f"{server.port}")
+            wait_for("user1: 1\nuser1: 2\n")
+            server = restart()
+            server.request("/rooms/lobby/messages", {"text": "3"}, **other)
+            wait_for("user1: 1\nuser1: 2\nuser2: 3\n")
+            request = urllib.request.Request(f"{server.url}/logout", b"", bearer_of(secret))
+            urllib.request.urlopen(request, timeout=20).close()
+            assert client.wait(timeout=20) == 1
+        finally:
+            client.kill()
+    assert seen.read_text().endswith("user2: 3\nUnauthorized: Logged out\n")
+
+
+ELSEWHERE = ("127.0.0.2", 0)  # an address that is not the proxy's, on Linux
+
+
+@pytest.fixture(params=["caddy", "nginx"])
+def proxied(
+    request: pytest.FixtureRequest, serve: Callable[..., Server], tmp_path: Path
+) -> Iterator[tuple[Server, int]]:
+    """A server behind a proxy as README sets it up, and the proxy's port; without TLS."""
+    if sys.platform != "linux" or not shutil.which(request.param):
+        pytest.skip(f"no {request.param}")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = serve(origins=f"http://chat.example.org:{port}")
+    if request.param == "caddy":
+        text = "{\nadmin off\n}\nhttp://" + readme("caddyfile")
+        text = text.replace("chat.example.org", f"chat.example.org:{port}")
+        command = ["caddy", "run", "--adapter", "caddyfile", "--config"]
+    else:
+        text = re.sub(r"^ *ssl_.*\n", "", readme("nginx"), flags=re.MULTILINE)
+        text = text.replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
+        text = f"events {{}}\nhttp {{ access_log off;\n{paths}{text}}}"
+        text = f"daemon off; user root; pid {tmp_path}/pid;\n{text}"
+        command = ["nginx", "-e", "stderr", "-c"]
+    config = tmp_path / "proxy.conf"
+    config.write_text(text.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}"))
+    home = os.environ | {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+    with subprocess.Popen([*command, str(config)], env=home) as proxy:
+        try:
+            for _ in range(200):
+                with (
+                    suppress(OSError),
+                    socket.create_connection(("127.0.0.1", port), 20, ELSEWHERE),
+                ):
+                    break
+                time.sleep(0.05)
+            yield server, port
+        finally:
+            proxy.terminate()
+
+
+def test_behind_a_proxy_everything_works_as_the_readme_sets_it_up(
+    proxied: tuple[Server, int],
+) -> None:
+    server, port = proxied
+    host, secret = f"chat.example.org:{port}", server.token()
+
+    def request(method: str, path: str, body: bytes = b"", **headers: str) -> Any:
+        client = http.client.HTTPConnection("127.0.0.1", port, 20, ELSEWHERE)
+        with closing(client):
+            client.request(method, path, body, {"Host": host, **headers})
+            answer = client.getresponse()
+            return answer.status, answer.read()
+
+    assert request("GET", "/")[0] == 200
+    forged = {"X-Forwarded-For": "203.0.113.9"}
+    status, body = request("GET", "/items/5", **forged)
+    assert (status, json.loads(body)["client_host"]) == (200, "127.0.0.2")
+    assert json.loads(request("GET", "/inspect")[1])["url"]["host"] == "chat.example.org"
+    assert request("POST", "/body/raw", b"x" * 2**21)[0] == 200
+    url, offers = f"ws://{host}/ws/chat", ["lobby.v1", f"bearer.{secret}"]
+
+    def open_socket(origin: str) -> ClientConnection:
+        line = socket.create_connection(("127.0.0.1", port), 20, ELSEWHERE)
+        return connect(url, sock=line, origin=origin, subprotocols=offers, compression=None)
+
+    with open_socket(f"http://{host}") as websocket:
+        conversation = Chat(lambda: str(websocket.recv(timeout=20)), websocket.send)
+        conversation.say("x" * 4_000, "m1")
+        assert conversation.next("message")["mid"] == "m1"
+    with pytest.raises(InvalidStatus) as denied:
+        open_socket("https://evil.example")
+    assert denied.value.response.status_code == 403
+    assert "connected 'user1' from 127.0.0.2" in server.log.read_text()
+
+
+def test_the_readmes_backup_is_a_database(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Made while the server runs; a client that knows newer messages is told that they are gone."""
+    server = serve()
+    secret = server.token()
+    conversation = server.chat(secret)
+    conversation.say("kept", "m1")
+    with closing(sqlite3.connect(tmp_path / "chat.db")) as db:
+        (epoch,) = db.execute("SELECT name FROM epoch").fetchone()
+    assert conversation.next("message")["text"] == "kept"
+    commands = [*readme("sh", ".backup").splitlines(), re.findall(r"`(sqlite3 .*?)`", readme())[-1]]
+    assert shutil.which("sqlite3"), "sqlite3 is not installed"
+    for command in commands:
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=20)
+    conversation.say("lost", "m2")
+    lost = conversation.next("message")
+    server.stop()
+    copy = serve(db=str(tmp_path / "copy.db"))
+    path, offers = f"/ws/chat?after={lost['id']}&epoch={epoch}", ["lobby.v1", f"bearer.{secret}"]
+    with copy.connect(path, subprotocols=offers) as websocket:
+        history = Chat(lambda: str(websocket.recv(timeout=20)), websocket.send).next("history")
+    assert [message["text"] for message in history["messages"]] == ["kept"]
+    assert not history["complete"]
+
+
+def test_every_test_that_the_readme_names_exists() -> None:
+    named = re.findall(r"`(\w+)` \|$", readme().split("## What it withstands")[1], re.MULTILINE)
+    tests = (HERE / "test_app.py").read_text(encoding="utf-8")
+    assert len(named) > 20
+    assert [name for name in named if f"\ndef test_{name}(" not in tests] == []
 
 
 def test_the_inline_metadata_names_the_same_packages_as_requirements() -> None:
