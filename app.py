@@ -2139,7 +2139,7 @@ PONG_SECONDS = 120.0  # a ping may stand behind megabytes for a slow line
 SEND_BUFFER = 256 * KIB  # of the kernel, for each socket: it would hide megabytes
 MAX_FRAGMENTS = 1_024  # frames that one message may come in
 MAX_AHEAD = 16  # requests that are sent before the first is answered
-MAX_PINGS = 50  # pings and pongs in 4 KiB: each costs the loop as much as a message
+MAX_PINGS = 50  # pings and pongs in one read: each costs the loop as much as a message
 MAX_HEAD = 64 * KIB  # bytes of a request before its body
 
 
@@ -2158,8 +2158,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super()._unset_keepalive_if_required()
-        super().on_headers_complete()
-        if len(self.pipeline) > MAX_AHEAD:
+        if len(self.pipeline) < MAX_AHEAD:
+            super().on_headers_complete()
+        else:
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -2196,8 +2197,8 @@ class ChatProtocol(WebSocketsSansIOProtocol):
         """Take bytes; refuse a handshake that is none, on which uvicorn would wait for more."""
         if self.handshake_initiated and not self.handshake_complete:
             self.transport.abort()  # a client waits for the answer (RFC 6455, section 4.1)
-        for start in range(0, len(data), 4 * KIB):
-            self.pings = 0
+        self.pings = 0
+        for start in range(0, len(data), 4 * KIB):  # a read may have thousands of frames
             if not self.transport.is_closing():
                 super().data_received(data[start : start + 4 * KIB])
         if not self.handshake_initiated:

@@ -1508,6 +1508,28 @@ def test_without_demo_people_the_first_to_register_is_the_admin(
     assert [person["role"] for person in roles] == ["admin", "member"]
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Forwarded-For": "127.0.0.1"},
+        {"Forwarded": "for=127.0.0.1"},
+        {"X-Real-IP": "203.0.113.9"},
+        {"Host": "chat.example"},
+    ],
+)
+def test_who_comes_through_a_proxy_is_not_the_first_person(
+    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str]
+) -> None:
+    """A proxy on this machine connects over loopback, whoever is behind it."""
+    monkeypatch.setenv("CHAT_DEMO_USERS", "0")
+    monkeypatch.setenv("CHAT_ORIGINS", "https://chat.example")
+    body = {"username": "first", "password": "longenough"}
+    with Entered(app) as client:
+        near = at_address(client, "127.0.0.1")
+        assert near.post("/register", json=body, headers=headers).status_code == 403
+        assert near.post("/register", json=body).json()["role"] == "admin"
+
+
 @pytest.mark.parametrize("is_open", [True, False])
 @pytest.mark.parametrize(
     ("host", "status"),
@@ -3977,23 +3999,64 @@ def test_a_message_of_endless_fragments_is_cut_off(serve: Callable[..., Server])
         assert int.from_bytes(answer[2:], "big") == 1009
 
 
-def test_a_ping_is_answered_but_a_flood_of_them_does_not_pile_up(
-    serve: Callable[..., Server],
+@pytest.mark.parametrize(("opcode", "data"), [(9, b"x" * 125), (9, b""), (10, b"")])
+def test_a_ping_is_answered_but_a_flood_ends_its_sender(
+    serve: Callable[..., Server], opcode: int, data: bytes
 ) -> None:
-    """Of 40 MB of pings whose sender does not read, no more is answered than buffers hold."""
+    """Pings that nobody needs cost the loop as much as messages, and never pause the reading."""
     server = serve()
     with server.raw_socket("/ws", receive_buffer=4096) as raw:
         raw.sendall(frame(9, b"ping"))
         assert raw.recv(6) == b"\x8a\x04ping"
-        flood = frame(9, b"x" * 125) * 10_000
-        for _ in range(30):
-            raw.sendall(flood)
+        flood = frame(opcode, data) * 10_000
         raw.settimeout(20)
-        raw.sendall(frame(1, b"still here?"))
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):
+            while True:
+                raw.sendall(flood)
+    assert server.request("/healthz")["status"] == "ok"
+
+
+def test_who_sends_many_requests_ahead_is_cut_off(serve: Callable[..., Server]) -> None:
+    server = serve()
+    one = b"GET /items/5 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 20) as raw:
+        raw.sendall(one * lobby.MAX_AHEAD)
         answered = b""
-        while not answered.endswith(b"Message text was: still here?"):
-            answered += raw.recv(2**20)
-        assert len(answered) < 20_000_000
+        while answered.count(b"HTTP/1.1 200") < lobby.MAX_AHEAD:
+            answered += raw.recv(2**16)
+    with socket.create_connection(("127.0.0.1", server.port), 20) as raw:
+        raw.sendall(one * 5000)
+        with suppress(ConnectionResetError):
+            while raw.recv(2**16):
+                pass
+    assert server.request("/items/5")["item_id"] == 5
+
+
+@pytest.mark.parametrize("path", ["/items/5", "/inspect", "/healthz", "/ws"])
+def test_cookies_that_take_long_to_unquote_are_refused(client: TestClient, path: str) -> None:
+    """A few are no matter: of 60,000 it took Python before 3.13 some twenty seconds."""
+    hostile = {"Cookie": 'a="' + "\\" * 60_000 + '"'}
+    if path == "/ws":
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect(path, headers=hostile):
+            pass
+    else:
+        answer = client.get(path, headers=hostile)
+        assert answer.status_code == 400
+        assert "backslashes" in answer.json()["detail"]
+    seen = client.get("/inspect", headers={"Cookie": 'a="b\\"c"'}).json()
+    assert seen["cookies"] == {"a": 'b"c'}
+
+
+def test_text_that_is_no_utf_8_closes_its_socket_without_a_traceback(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve()
+    with server.raw_socket("/ws", receive_buffer=4096) as raw:
+        raw.settimeout(20)
+        raw.sendall(frame(1, b"\xff"))
+        assert raw.recv(4) == b"\x88\x02" + (1007).to_bytes(2, "big")
+    assert server.request("/healthz")["status"] == "ok"
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_a_frame_over_64_kib_closes_the_socket(serve: Callable[..., Server]) -> None:
