@@ -2311,7 +2311,9 @@ PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Lobby</title><link id="icon" rel="icon" href="data:,">
+<title>Lobby</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'
+  viewBox='0 0 16 16'><circle cx='8' cy='8' r='7' fill='royalblue'/></svg>">
 <style>
 /* One idea: the thread. A request is an open ring; where 101 answers it, a curve leaves the ring
    and becomes a line, on which every frame of that socket sits; a square ends it. */
@@ -2326,245 +2328,237 @@ PAGE = r"""<!doctype html>
   --float: 0 1px 2px light-dark(#0000000f, #0006), 0 8px 28px light-dark(#0000001f, #0009);
   --column: max(20px, (100% - 46rem) / 2);  /* what is beside the messages, on each side */ }
 * { box-sizing: border-box; margin: 0; } [hidden] { display: none !important; }
-body { font: 15px/1.5 var(--sans); color: var(--ink); background: var(--paper); }
-h1, h2, h3, b { font-weight: 600; } h2 { font-size: 16px; line-height: 1.4; }
-.small, .problem { font-size: 13px; line-height: 1.4; } .dim { color: var(--dim); }
-ul, ol { list-style: none; padding: 0; } .grow { flex: 1; min-width: 0; }
-.row { display: flex; gap: 8px; align-items: center; }
+body { font: 15px/1.5 var(--sans); color: var(--ink); background: var(--paper);
+  overflow-wrap: break-word; }
+h1, h2, h3, b, .main, button.wrong, .link, .avatar, .chip, .count, .new { font-weight: 600; }
+h2 { font-size: 16px; line-height: 1.4; }
+.small, .problem, .link, time, .day, .new, .notice, .state, #strip, .sentence { font-size: 13px;
+  line-height: 1.4; }
+.dim, time, .day, .notice, .state, .preview, .number, .sentence { color: var(--dim); }
+.problem, .delete, .failed .state, .notice.wrong { color: var(--wrong); }
+ul, ol { list-style: none; padding: 0; }
+.row, .day, .new, #side :is(li button, .more) { display: flex; gap: 8px; align-items: center; }
+.grow { flex: 1; min-width: 0; }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.problem { color: var(--wrong); overflow-wrap: anywhere; } .problem:empty { display: none; }
+.problem:empty { display: none; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 svg { width: 16px; height: 16px; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
   stroke-linecap: round; stroke-linejoin: round; }
 .mark { background: var(--accent); stroke: var(--on-accent); border-radius: 23%; }
-button, input, textarea, select { font: inherit; color: inherit; min-width: 0; }
-input, textarea, select { background: var(--paper); border: 1px solid var(--edge);
-  border-radius: 8px; padding: 0 10px; height: 34px; } textarea { padding-block: 6px;
-  height: auto; }
+button, input, textarea, select { font: inherit; color: inherit; min-width: 0; height: 34px;
+  border: 1px solid transparent; border-radius: 8px; }
+input, textarea, select { background: var(--paper); border-color: var(--line);
+  border-bottom-color: var(--edge); padding: 0 10px; }
+textarea { padding-block: 6px; height: auto; }
 [type=checkbox] { accent-color: var(--accent); width: 14px; height: 14px !important; }
-button { height: 34px; padding: 0 12px; border: 1px solid transparent; border-radius: 8px;
-  background: none; cursor: pointer; white-space: nowrap; flex: none; }
-:is(button:hover, [aria-pressed=true], [aria-expanded=true], [aria-current]) {
-  background: var(--raised); }
-button.main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
-button.main:disabled { background: var(--raised); color: var(--dim); cursor: default; }
-button.quiet { border-color: var(--line); } .link, .text a { color: var(--accent); }
-button.link { height: auto; padding: 0 2px; font-size: 13px; font-weight: 600; border: 0;
-  background: none; } button.link:hover { text-decoration: underline; }
-button.wrong { background: var(--wrong); color: var(--paper); font-weight: 600; }
+button { padding: 0 12px; background: none; cursor: pointer; white-space: nowrap; flex: none;
+  &:is(:hover, [aria-pressed=true], [aria-expanded=true], [aria-current]) {
+    background: var(--raised); }
+  &.main { background: var(--accent); color: var(--on-accent); }
+  &.main:disabled { background: var(--raised); color: var(--dim); cursor: default; }
+  &.quiet { border-color: var(--line); } &.wrong { background: var(--wrong); color: var(--paper); }
+  &.link { height: auto; padding: 0 2px; border: 0; background: none; } }
+.link, .text :is(a, b) { color: var(--accent); }
+:is(.link, .who button):hover, summary:hover b { text-decoration: underline; }
 .icon { width: 34px; padding: 0; display: grid; place-content: center; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 ::placeholder { color: var(--dim); opacity: 1; }
 :is(dialog, #side)::backdrop { background: #15120c66; }
-mark { background: color-mix(in srgb, var(--warn) 26%, transparent); color: inherit; }
+.chip, mark, .avatar.own, .message.mention, .ask, #strip { --tint: var(--dim);
+  background: color-mix(in srgb, var(--tint) var(--share, 10%), transparent); }
+mark { --share: 26%; color: inherit; }
+mark, #strip { --tint: var(--warn); }
 .avatar { width: 32px; height: 32px; border-radius: 9px; display: grid; place-content: center;
-  flex: none; font-size: 13px; font-weight: 600; user-select: none;
+  flex: none; font-size: 13px; user-select: none;
   background: light-dark(oklch(.92 .045 var(--hue)), oklch(.36 .06 var(--hue)));
-  color: light-dark(oklch(.42 .11 var(--hue)), oklch(.9 .06 var(--hue))); }
-.avatar.own { background: color-mix(in srgb, var(--accent) 15%, transparent);
-  color: var(--accent); }
-.badge, .chip { font-size: 12px; line-height: 18px; border-radius: 5px; padding: 0 6px;
-  background: var(--raised); color: var(--dim); }
+  color: light-dark(oklch(.42 .11 var(--hue)), oklch(.9 .06 var(--hue)));
+  &.own { --tint: var(--accent); color: var(--accent); } }
+.badge, .chip { font-size: 12px; line-height: 18px; border-radius: 5px; padding: 0 6px; }
+.badge { background: var(--raised); color: var(--dim); }
 dialog, [popover] { color: inherit; background: var(--paper); border: 1px solid var(--line);
-  border-radius: 12px; padding: 20px; box-shadow: var(--float); overflow-wrap: anywhere; }
+  border-radius: 12px; padding: 20px; box-shadow: var(--float); }
 dialog { width: min(368px, 100% - 32px); margin: auto; }
-dialog form, #access form { display: grid; gap: 16px; }
-:is(dialog, #access) label:not(.row) { display: grid; gap: 6px; font: 600 13px/1.4 var(--sans); }
+:is(dialog, #access) form { display: grid; gap: 16px;
+  label:not(.row) { display: grid; gap: 6px; font: 600 13px/1.4 var(--sans); } }
 
 /* The log-in */
 #access { min-height: 100dvh; display: grid; place-content: center; padding: 24px;
   background: var(--shade); grid-template-columns: min(880px, 100%); }
 #panel { display: grid; grid-template-columns: 384fr 496fr; border-radius: 16px; overflow: hidden;
-  background: var(--paper); box-shadow: var(--float); } #panel > * { padding: 40px; min-width: 0; }
-#panel h1 { font-size: 36px; line-height: 1.2; display: flex; gap: 14px; align-items: center; }
-#panel .mark { width: 48px; height: 48px; } #panel form button { flex: 1; }
-#panel .lead { font-size: 17px; margin-block: 20px 24px; } #demo h2 { margin: 24px 0 8px; }
-#access input { height: 38px; font-size: 16px; } #demo button { border-radius: 17px; }
-#byToken { margin-top: 20px; } #byToken summary { cursor: pointer; width: fit-content; }
+  background: var(--paper); box-shadow: var(--float);
+  > * { padding: 40px; min-width: 0; } h1 { font-size: 36px; line-height: 1.2; gap: 14px; }
+  .mark { width: 48px; height: 48px; } form button { flex: 1; }
+  input { height: 38px; font-size: 16px; } }
+.lead { font-size: 17px; margin-block: 20px 24px; }
+#demo { h2 { margin: 24px 0 8px; } button { border-radius: 17px; } } #byToken { margin-top: 20px; }
 #preview { background: var(--shade); border-inline-start: 1px solid var(--line); display: grid;
-  align-content: center; gap: 2px; padding: 32px 24px 32px 18px !important; }
-#preview > :not(ol) { padding-inline-start: 14px; } #sample { margin-top: 24px; }
+  align-content: center; gap: 2px; padding: 32px 24px 32px 18px !important;
+  > :not(ol) { padding-inline-start: 14px; } }
+#sample { margin-top: 24px; }
 
 /* The chat: side bar, header, messages, composer */
 #app { height: 100dvh; display: grid; grid-template: 100dvh / 248px minmax(0, 1fr);
   overflow: hidden; }
 #app.wired { grid-template-columns: 248px minmax(0, 1fr) clamp(352px, 34%, 480px); }
-#side { position: static; inset: auto; width: auto; height: auto; margin: 0; padding: 0 8px 8px;
-  display: flex; flex-direction: column; background: var(--shade); border: 0; border-radius: 0;
-  border-inline-end: 1px solid var(--line); box-shadow: none; }
-#side h1 { font-size: 17px; height: 52px; padding: 0 8px; } #side .mark { width: 22px;
-  height: 22px; }
-#side h2 { padding: 8px 8px 4px; } #side section + section { margin-top: 12px; }
-#side section:has(ul:empty):not(:has(.more)) { display: none; }
-#lists { flex: 1; overflow-y: auto; min-height: 0; }
-#side :is(li button, .more) { display: flex; gap: 8px; align-items: center; width: 100%;
-  height: 30px; padding: 0 8px; border: 0; color: var(--dim); text-align: start; }
-#side li :is(.unread, [aria-current]) { color: var(--ink); font-weight: 600; }
-.sign { width: 16px; text-align: center; flex: none; }
-.sign.dot::before, #status::before { content: ""; display: inline-block; width: 8px; height: 8px;
-  border-radius: 50%; border: 1.5px solid var(--edge); }
-:is(.sign.on, #status[data-state=connected])::before { background: var(--in);
-  border-color: var(--in); }
-.count { background: var(--accent); color: var(--on-accent); font-size: 12px; font-weight: 600;
-  line-height: 20px; min-width: 20px; padding: 0 6px; border-radius: 10px; text-align: center; }
+#side, #room, #wire { display: flex; flex-direction: column; min-width: 0; min-height: 0; }
+#side, #wire { background: var(--shade); border: 0 solid var(--line); border-radius: 0; }
+#side { position: static; width: auto; height: auto; margin: 0; padding: 0 8px 8px;
+  border-inline-end-width: 1px; box-shadow: none;
+  &:popover-open { position: fixed; inset: 0 auto 0 0; width: min(304px, 84%); height: 100dvh; }
+  h1 { font-size: 17px; height: 52px; padding: 0 8px; } .mark { width: 22px; height: 22px; }
+  h2 { padding: 8px 8px 4px; } section + section { margin-top: 12px; }
+  section:has(ul:empty):not(:has(.more)) { display: none; }
+  :is(li button, .more) { width: 100%; height: 30px; padding: 0 8px; border: 0; color: var(--dim);
+    text-align: start; }
+  li :is(.unread, [aria-current]) { color: var(--ink); font-weight: 600; } }
+#lists { flex: 1; overflow-y: auto; }
+.sign { width: 16px; text-align: center; flex: none; &.on { color: var(--in); } }
+.count { background: var(--accent); color: var(--on-accent); font-size: 12px; line-height: 20px;
+  min-width: 20px; padding: 0 6px; border-radius: 10px; text-align: center; }
 #me { border-top: 1px solid var(--line); padding-top: 8px; line-height: 1.3; }
-#room { display: flex; flex-direction: column; min-width: 0; min-height: 0; position: relative; }
+#room { position: relative; container-type: inline-size; }
 #top { flex: none; height: 52px; padding-inline: var(--column);
-  border-bottom: 1px solid var(--line); }
-#top h2 { flex: none; max-width: 60%; } #query { width: min(220px, 40vw); }
-#status, #wireButton { display: flex; gap: 8px; align-items: center; flex: none; }
-#chatLog, #frames { flex: 1; min-height: 0; overflow: hidden auto; display: flex;
-  flex-direction: column-reverse; overflow-wrap: anywhere; }
-#messages { padding-block: 20px 8px; } .day, .new, .notice, .empty { overflow-anchor: none; }
-.day, .new { display: flex; align-items: center; gap: 12px; margin: 16px var(--column) 6px;
-  font-size: 13px; color: var(--dim); } .new { color: var(--accent); font-weight: 600; }
+  border-bottom: 1px solid var(--line); h2 { flex: none; max-width: 60%; } }
+#query { width: min(220px, 40vw); } #status { flex: none; }
+#menu { display: none; position: relative;
+  .count { position: absolute; top: -2px; left: 18px; line-height: 16px; padding: 0 4px; } }
+#chatLog, #frames { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; }
+#messages { padding-block: 20px 8px; }
+.day, .new, .notice, .empty { overflow-anchor: none; }
+.day, .new { gap: 12px; margin: 16px var(--column) 6px; }
 .day::before, .day::after, .new::before { content: ""; flex: 1; border-top: 1px solid var(--line); }
-.new::before { border-color: currentColor; } .notice.wrong { color: var(--wrong); }
-.notice { margin-inline: var(--column); padding: 4px 0 4px 44px; font-size: 13px; line-height: 1.4;
-  color: var(--dim); white-space: pre-wrap; }
+.new { color: var(--accent); &::before { border-color: currentColor; } }
+.notice { margin-inline: var(--column); padding: 4px 0 4px 44px; white-space: pre-wrap; }
 .message { display: grid; grid-template-columns: 32px minmax(0, 1fr); column-gap: 12px;
   position: relative; margin: 8px calc(var(--column) - 20px) 0; padding: 3px 20px 4px;
-  border-radius: 8px; outline-offset: -2px; }
-.message.grouped { margin-top: 0; padding-top: 1px; }
-.message:is(:hover, :focus-within) { background: color-mix(in srgb, var(--ink) 4%, transparent); }
-.message.mention { background: color-mix(in srgb, var(--accent) 7%, transparent);
-  box-shadow: inset 2px 0 var(--accent); border-start-start-radius: 0; border-end-start-radius: 0; }
-.message.found { background: color-mix(in srgb, var(--warn) 14%, transparent); }
-.message > .avatar { grid-row: 1 / 4; margin-top: 3px; } .message > * { grid-column: 2; }
-.message > .avatar { grid-column: 1; } .who { display: flex; gap: 8px; align-items: baseline; }
-.who button:first-child { height: auto; padding: 0; border: 0; font-weight: 600; background: none; }
-.who button:hover { text-decoration: underline; }
-time { font-size: 13px; color: var(--dim); white-space: nowrap; }
-.grouped :is(.avatar, .who) { display: none; }
-.text { white-space: pre-wrap; width: fit-content; max-width: 100%; }
-.text b { color: var(--accent); }
-.text :is(code, pre) { font: 13px/1.5 var(--mono); background: var(--shade); padding: 1px 4px;
-  border: 1px solid var(--line); border-radius: 5px; }
-.text pre { padding: 8px 12px; margin-block: 4px; overflow-x: auto; white-space: pre; }
-.gone .text { font-style: italic; } :is(.gone, .waiting) .text { color: var(--dim); }
-.state { font-size: 13px; line-height: 1.4; color: var(--dim); display: flex; gap: 8px;
-  flex-wrap: wrap; user-select: none; } .failed .state { color: var(--wrong); }
-.state::before { content: ""; position: absolute; inset-inline-start: 31px; width: 10px;
-  height: 10px; margin-top: 4px; border: 2px solid var(--edge); border-radius: 50%; }
-.failed .state::before { background: var(--wrong); border-color: var(--wrong); border-radius: 2px; }
+  border-radius: 8px; outline-offset: -2px;
+  &.grouped { margin-top: 0; padding-top: 1px; > :is(.avatar, .who) { display: none; } }
+  &:where(:hover, :focus-within) { background: color-mix(in srgb, var(--ink) 4%, transparent); }
+  &.mention { --tint: var(--accent); --share: 7%; box-shadow: inset 2px 0 var(--accent); }
+  > * { grid-column: 2; }
+  > .avatar { grid-area: 1 / 1 / 4; margin-top: 3px; } }
+.who { display: flex; gap: 8px; align-items: baseline;
+  button:first-child { height: auto; padding: 0; border: 0; font-weight: 600; background: none; } }
+.text { white-space: pre-wrap; width: fit-content; max-width: 100%;
+  code, pre { font: 13px/1.5 var(--mono); background: var(--shade); padding: 1px 4px;
+    border: 1px solid var(--line); border-radius: 5px; }
+  pre { padding: 8px 12px; margin-block: 4px; overflow-x: auto; white-space: pre; }
+  :is(.gone, .waiting) > & { color: var(--dim); } .gone > & { font-style: italic; } }
+.state { display: flex; gap: 8px; flex-wrap: wrap; user-select: none;
+  &::before { content: ""; position: absolute; inset-inline-start: 31px; width: 10px;
+    height: 10px; margin-top: 4px; border: 2px solid var(--edge); border-radius: 50%; }
+  .failed &::before { background: var(--wrong); border-color: var(--wrong); border-radius: 2px; } }
 .tools { position: absolute; inset-inline-end: 20px; top: 4px; display: flex; z-index: 1;
-  background: var(--paper); border: 1px solid var(--line); border-radius: 8px; user-select: none; }
-.message:not(:hover, :focus-within) .tools { display: none; }
-.tools .delete { color: var(--wrong); }
-.tools :is(button, time) { height: 28px; font-size: 13px; padding: 0 10px; line-height: 28px;
-  border: 0; }
-.empty { display: grid; justify-items: center; gap: 10px; padding: 24px; text-align: center; }
-#messages:has(.empty) { margin-block: auto; } #messages:has(.found-head) { margin-bottom: auto; }
-.empty .mark { width: 32px; height: 32px; }
+  background: var(--paper); border: 1px solid var(--line); border-radius: 8px; user-select: none;
+  .message:not(:hover, :focus-within) & { display: none; }
+  > * { height: 28px; font-size: 13px; padding: 0 10px; line-height: 28px; border: 0; } }
+.empty { display: grid; justify-items: center; gap: 10px; padding: 24px; text-align: center;
+  .mark { width: 32px; height: 32px; } }
+#messages { &:has(.empty) { margin-block: auto; } &:has(.found-head) { margin-bottom: auto; } }
 #newest { position: absolute; bottom: 90px; left: 50%; translate: -50%; border-radius: 17px; }
-#strip { margin: 4px var(--column); padding: 6px 12px; border-radius: 8px; font-size: 13px;
-  color: var(--warn); background: color-mix(in srgb, var(--warn) 9%, transparent); }
+#strip { margin: 4px var(--column); padding: 6px 12px; border-radius: 8px; color: var(--warn); }
 #composer { margin-inline: var(--column); padding: 4px; display: flex; align-items: end;
-  border: 1px solid var(--edge); border-radius: 12px; }
-#composer:focus-within { outline: 2px solid var(--accent); outline-offset: -1px; }
+  border: 1px solid var(--edge); border-radius: 12px;
+  &:focus-within { outline: 2px solid var(--accent); outline-offset: -1px; } }
 #messageText { flex: 1; border: 0; resize: none; field-sizing: content; background: none;
   outline: 0; max-height: 30dvh; min-height: 34px; }
 #foot { margin: 4px var(--column) 6px; padding-inline: 8px; display: flex; gap: 12px;
   font-size: 12px; line-height: 18px; min-height: 18px; color: var(--dim); }
 
 /* What floats */
-.menu { width: 272px; padding: 6px; margin: 0; inset: auto; } #myMenu { inset: auto auto 60px 8px; }
-.menu :is(button:not(.ask *)) { display: flex; justify-content: space-between; gap: 8px;
-  align-items: center; width: 100%; text-align: start; }
-  .menu > :is(div, p, label) { padding: 6px 12px; }
-.menu hr { border: 0; border-top: 1px solid var(--line); margin: 4px 6px; }
-.menu input { width: 100%; margin-block: 6px; } .menu ul { max-height: 300px; overflow-y: auto; }
-.menu li { display: flex; align-items: center; gap: 8px; padding-inline-end: 12px; }
-.ask { background: color-mix(in srgb, var(--wrong) 9%, transparent); border-radius: 8px; }
+.menu { width: 272px; padding: 6px; margin: 0; inset: auto;
+  > button, li button { display: block; flex: 1; width: 100%; text-align: start; overflow: hidden;
+    text-overflow: ellipsis; }
+  > :is(div, p, label) { padding: 6px 12px; } input { width: 100%; margin-block: 6px; }
+  ul { max-height: 300px; overflow-y: auto; }
+  li { display: flex; align-items: center; gap: 8px; padding-inline-end: 12px; } }
+#myMenu { inset: auto auto 60px 8px; }
+.ask { --tint: var(--wrong); border-radius: 8px; }
 
 /* The wire */
-#wire { display: flex; flex-direction: column; min-width: 0; min-height: 0;
-  background: var(--shade); border-inline-start: 1px solid var(--line); }
-#wire > header { height: 52px; flex: none; padding: 0 8px 0 16px; }
-#try { padding: 0 16px 10px; } #try > summary { display: none; } #try form { display: grid;
-  gap: 8px; }
+#wire { border-inline-start-width: 1px;
+  > header { height: 52px; flex: none; padding: 0 8px 0 16px; button { margin-left: auto; } } }
+summary { cursor: pointer; width: fit-content; }
+#try { padding: 0 16px 10px; > summary { display: none; }
+  form, #more { display: grid; gap: 8px; grid-template-columns: minmax(0, 1fr); } }
 #try :is(input, select, textarea), .card, .entry { font: 12px/1.5 var(--mono); }
-#more { display: grid; gap: 8px; } #try textarea { width: 100%; } summary { cursor: pointer; }
-#wireTools { display: flex; gap: 4px; padding: 6px 16px; border-block: 1px solid var(--line); }
-#wireTools > * { height: 28px; font-size: 13px; padding-inline: 8px; }
+#wireTools { gap: 4px; padding: 6px 16px; border-block: 1px solid var(--line);
+  > * { height: 28px; font-size: 13px; padding-inline: 8px; } }
 #list { margin-bottom: auto; padding-block: 8px; }
-.entry { position: relative; --lane: 29px; padding-inline: 46px 12px; }
-.wide > .entry { padding-inline-start: 60px; } .entry.second { --lane: 45px; }
-.entry summary { display: block; padding-block: 4px; min-height: 46px; }
-.bare .entry summary { min-height: 28px; } .bare .sentence { display: none; }
-.head { display: flex; gap: 6px; align-items: center; height: 20px; }
-.entry summary:hover b { text-decoration: underline; } .head > * { flex: none; }
-.head > .preview { flex: 0 1 auto; } .head > b { max-width: calc(100% - 170px); }
-.preview, .number, .turn { color: var(--dim); }
-.number { min-width: 52px; text-align: end; } .ms { margin-inline-start: auto; }
-.turn { display: none; } .turn::before { content: "›"; } [open] > summary .turn { rotate: 90deg; }
-.sentence { font: 13px/1.4 var(--sans); color: var(--dim); overflow-wrap: anywhere; }
-.chip { --tint: var(--dim); color: var(--tint); font-weight: 600;
-  background: color-mix(in srgb, var(--tint) 11%, transparent); } .chip.good { --tint: var(--in); }
-.chip.warn { --tint: var(--warn); } .chip.bad { --tint: var(--wrong); }
-.chip.switch { background: var(--ink); color: var(--paper); }
-.node, .pass, .curve { position: absolute; }
-.pass { width: 2px; background: var(--edge); inset-block: 0; left: 28px; }
-.pass.second { left: 44px; } .pass.own { left: calc(var(--lane) - 1px); }
-.pass.last { bottom: auto; height: 14px; }
-.curve { left: 19px; top: 13px; width: calc(var(--lane) - 18px); bottom: 0;
-  border: 2px solid var(--edge); border-width: 2px 2px 0 0; border-start-end-radius: 8px; }
+.entry { position: relative; --lane: 29px; padding-inline: 46px 12px;
+  .wide > & { padding-inline-start: 60px; } &.second { --lane: 45px; }
+  summary { display: block; width: auto; padding-block: 4px; min-height: 46px; } }
+.bare { summary { min-height: 28px; } .sentence { display: none; } }
+.head { display: flex; gap: 6px; align-items: center; height: 20px;
+  > * { flex: none; } > .preview { flex: 0 1 auto; } > b { max-width: calc(100% - 170px); } }
+.number { min-width: 52px; text-align: end; &.ms { margin-inline-start: auto; } }
+.turn { display: none; &::before { content: "›"; } [open] > summary & { rotate: 90deg; } }
+.sentence { font-family: var(--sans); }
+.chip { color: var(--tint);
+  &.good { --tint: var(--in); } &.warn { --tint: var(--warn); } &.bad { --tint: var(--wrong); }
+  &.switch { background: var(--ink); color: var(--paper); } }
+.node, .pass, .entry::before { position: absolute; }
+.pass { width: 2px; background: var(--edge); inset-block: 0; left: 28px;
+  &.second { left: 44px; } &.own { left: calc(var(--lane) - 1px); }
+  &.last { bottom: auto; height: 14px; } }
+.entry:has(.switch)::before { content: ""; left: 19px; top: 13px; bottom: 0;
+  width: calc(var(--lane) - 20px); border: 2px solid var(--edge); border-width: 2px 2px 0 0;
+  border-start-end-radius: 8px; }
 .ring { width: 10px; height: 10px; left: 9px; top: 9px; border: 2px solid var(--edge);
   border-radius: 50%; background: var(--shade); }
 .frame { width: 16px; height: 16px; left: calc(var(--lane) - 8px); top: 6px; border-radius: 50%;
-  background: var(--accent); color: var(--shade); display: grid; place-content: center; }
-.frame svg { width: 12px; height: 12px; stroke-width: 2.5; } .in .frame { background: var(--in); }
-.frame.square { border-radius: 3px; } .in .frame.bad { background: var(--wrong); }
+  background: var(--accent); color: var(--shade); display: grid; place-content: center;
+  svg { width: 12px; height: 12px; stroke-width: 2.5; } .in & { background: var(--in); }
+  &.square { border-radius: 3px; } .in &.bad { background: var(--wrong); } }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
-  margin-block: 4px 8px; } .card > * { padding: 8px 12px; }
-.card > * + * { border-top: 1px solid var(--line); } .card i { color: var(--in); }
-.card :is(i, em) { font-style: normal; } .card em { color: var(--accent); }
-.card h3 { font: 600 13px/1.4 var(--sans); display: flex; justify-content: space-between;
-  gap: 12px; }
-.card h3 span { font-weight: 400; color: var(--dim); } .card dt { color: var(--dim); }
-.card dl { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 0 12px; }
-.card :is(dd, pre, h3) { overflow-wrap: anywhere; margin: 0; }
-.card pre { font: inherit; white-space: pre-wrap; max-height: 340px; overflow-y: auto; }
+  margin-block: 4px 8px; overflow-wrap: anywhere;
+  > * { padding: 8px 12px; } > * + * { border-top: 1px solid var(--line); }
+  i { color: var(--in); font-style: normal; } em { color: var(--accent); font-style: normal; }
+  h3 { font: 600 13px/1.4 var(--sans); display: flex; justify-content: space-between; gap: 12px; }
+  h3 span { font-weight: 400; color: var(--dim); }
+  dl { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 0 12px; }
+  dt { color: var(--dim); }
+  pre { font: inherit; white-space: pre-wrap; max-height: 340px; overflow-y: auto; } }
 
-#side:popover-open { position: fixed; inset: 0 auto 0 0; width: min(304px, 84%); height: 100dvh; }
-#menu { display: none; position: relative; } #closeWire { margin-inline-start: auto; }
-#menu .count { position: absolute; top: -2px; left: 18px; line-height: 16px; padding: 0 4px; }
+/* Small windows, touch, motion */
 @media (max-width: 1100px) {
-  #app.wired { grid-template-columns: 1fr 1fr; } .wired #menu { display: grid; }
-  .wired #side:not(:popover-open), .wired #who, .wired #wireButton span { display: none; }
-  .wired #top:has(#searching:not([hidden])) :is(h2, #status, #leave) { display: none; }
-  .wired #state { position: absolute; clip-path: inset(50%); }
+  #app.wired { grid-template-columns: 1fr 1fr; }
+  .wired { #menu { display: grid; } #side:not(:popover-open) { display: none; } }
 }
-@media (max-width: 960px) { #panel { grid-template-columns: minmax(0, 1fr); } #access {
-  grid-template-columns: min(496px, 100%); }
-  #preview { border: 0; border-top: 1px solid var(--line); } }
+@container (max-width: 479px) {
+  #who, #top:has(#searching:not([hidden])) :is(h2, #status, #leave) { display: none; }
+  #state, #wireButton span { position: absolute; clip-path: inset(50%); }
+}
+@media (max-width: 960px) {
+  #panel { grid-template-columns: minmax(0, 1fr); }
+  #access { grid-template-columns: min(496px, 100%); }
+  #preview { border: 0; border-top: 1px solid var(--line); }
+}
 @media (max-width: 700px) {
   #access { padding: 0; place-content: start stretch; grid-template-columns: 100%; }
-  #panel { border-radius: 0; box-shadow: none; } #panel > * { padding: 32px 20px; }
-  #app, #app.wired { grid-template-columns: minmax(0, 1fr); } #app #menu { display: grid; }
-  #side:not(:popover-open), #who, #hint:not(.problem), #wire > header p { display: none; }
-  #room { --column: 20px; } #state, #wireButton span { position: absolute; clip-path: inset(50%); }
-  #top:has(#searching:not([hidden])) :is(h2, #status, #leave) { display: none; }
-  #wire { position: fixed; inset: 0; z-index: 2; border: 0; }
-  #try > summary { display: block; font-weight: 600; }
+  #panel { border-radius: 0; box-shadow: none; > * { padding: 32px 20px; } }
+  #app, #app.wired { grid-template-columns: minmax(0, 1fr); #menu { display: grid; } }
+  #side:not(:popover-open), #hint:not(.problem), #wire > header p { display: none; }
+  #room { --column: 20px; }
+  #wire { position: fixed; inset: 0; z-index: 2; border: 0; } #try > summary { display: block; }
 }
 @media (max-width: 700px), (pointer: coarse) {
   button:not(.link, .who *), select, input, summary.link { min-height: 40px !important; }
   input, textarea, select { font-size: 16px !important; } .icon { min-width: 40px; }
-  .turn { display: block; } .entry summary { min-height: 46px !important; }
+  .entry summary { min-height: 46px !important; } .turn { display: block; }
   button.link, summary.link { padding-block: 10px; } [type=checkbox] { min-height: 0 !important; }
 }
-@media (prefers-reduced-motion: no-preference) { button { transition: background .12s; }
+@media (prefers-reduced-motion: no-preference) {
+  button { transition: background .12s; } .entry { animation: rise .35s backwards; }
   @keyframes rise { from { translate: 0 6px; opacity: 0; } }
-  .entry { animation: rise .35s backwards; } }
+}
 </style>
 </head>
 <body>
 <svg hidden>
-  <symbol id="i-mark" viewBox="0 0 24 24"><circle cx="7.3" cy="7.3" r="2.2"/><path
-    d="M9.5 7.3h3.7a2.5 2.5 0 0 1 2.5 2.5v7.7"/><path d="M15.7 12.2h0M15.7 17.5h0"
-      stroke-width="4.4"/>
-  </symbol>
+  <symbol id="i-mark" viewBox="0 0 24 24"><circle cx="7.3" cy="7.3" r="2.2"/>
+    <path d="M9.5 7.3h3.7a2.5 2.5 0 0 1 2.5 2.5v7.7"/>
+    <path d="M15.7 12.2h0M15.7 17.5h0" stroke-width="4.4"/></symbol>
   <symbol id="i-search" viewBox="0 0 16 16"><path
     d="M11.2 7a4.2 4.2 0 1 1-.1-.7m-.9 3.9 4 4"/></symbol>
   <symbol id="i-wire" viewBox="0 0 16 16"><path d="M2 5h12l-3-3M14 11H2l3 3"/></symbol>
@@ -2575,8 +2569,9 @@ time { font-size: 13px; color: var(--dim); white-space: nowrap; }
   <symbol id="i-out" viewBox="0 0 16 16"><path d="M3 8h10M9 4l4 4-4 4"/></symbol>
   <symbol id="i-in" viewBox="0 0 16 16"><path d="M13 8H3M7 4 3 8l4 4"/></symbol>
 </svg>
+<template id="iconTemplate"><svg><use/></svg></template>
 <div id="access" role="main"><div id="panel"><div>
-  <h1><svg class="mark"><use href="#i-mark"/></svg>Lobby</h1>
+  <h1 class="row" data-icon="mark">Lobby</h1>
   <p class="lead">A team chat that loses nothing, and shows every request and frame it is made
     of.</p>
   <form id="credentials" novalidate>
@@ -2591,116 +2586,97 @@ time { font-size: 13px; color: var(--dim); white-space: nowrap; }
       <button class="quiet" value="register">Register</button></p>
   </form>
   <p id="problem" class="problem" role="alert"></p>
-  <div id="demo" hidden><h2 class="small dim">Try it as</h2><p class="row"></p></div>
+  <div id="demo"><h2 class="small dim">Try it as</h2><p class="row"></p></div>
   <details id="byToken" class="small"><summary class="dim">Use a token</summary>
     <form id="pasted"><label>Token <input id="token" name="token" autocomplete="off"
-      spellcheck="false"></label><button class="quiet">Connect with the
-        token</button></form></details>
+      spellcheck="false"></label>
+      <button class="quiet">Connect with the token</button></form></details>
 </div><section id="preview" aria-label="What goes over the wire">
   <h2>Log in, and this goes over the wire</h2>
-  <p class="small dim">Each line can be opened: headers, bytes, JSON.</p><ol id="sample"></ol>
+  <p class="small dim">Each line can be opened: headers, bytes, JSON.</p>
+  <ol id="sample"></ol>
 </section></div></div>
 
 <div id="app" hidden>
   <nav id="side" popover aria-label="Rooms and people">
-    <h1 class="row"><svg class="mark"><use href="#i-mark"/></svg>Lobby</h1>
-    <div id="lists"><section><h2 class="small dim">Rooms</h2><ul id="rooms"></ul><button
-      id="moreRooms" class="more"
-      type="button"><svg><use href="#i-plus"/></svg>More rooms</button></section>
+    <h1 class="row" data-icon="mark">Lobby</h1>
+    <div id="lists">
+      <section><h2 class="small dim">Rooms</h2><ul id="rooms"></ul>
+        <button id="moreRooms" class="more" data-icon="plus">More rooms</button></section>
       <section><h2 class="small dim">Private</h2><ul id="private"></ul></section>
-      <section><h2 class="small dim">Also online</h2><ul id="people"></ul><button id="morePeople"
-        class="more"
-        type="button"><svg><use href="#i-plus"/></svg>More people</button></section></div>
-    <div id="me" class="row"><span id="myAvatar"></span><p class="grow"><b id="myName"></b><br>
-      <span id="myRole" class="small dim"></span></p><button id="meButton" class="icon"
-        type="button"
-      aria-label="Your menu" popovertarget="myMenu"><svg><use href="#i-more"/></svg>
-      </button></div>
+      <section><h2 class="small dim">Also online</h2><ul id="people"></ul>
+        <button id="morePeople" class="more" data-icon="plus">More people</button></section></div>
+    <div id="me" class="row"><span id="myAvatar"></span>
+      <p class="grow"><b id="myName"></b><br><span id="myRole" class="small dim"></span></p>
+      <button class="icon" data-icon="more" aria-label="Your menu" popovertarget="myMenu"></button>
+    </div>
   </nav>
   <main id="room">
-    <header id="top" class="row"><button id="menu" class="icon" type="button"
-      popovertarget="side"><svg><use
-        href="#i-menu"/></svg><span id="menuCount" class="count" hidden></span></button>
+    <header id="top" class="row">
+      <button id="menu" class="icon" data-icon="menu" popovertarget="side"><span id="menuCount"
+        class="count"></span></button>
       <h2 id="roomName" class="cut"></h2><p id="who" class="small dim cut"></p>
-      <button id="leave" class="link" type="button">Leave</button><span class="grow"></span>
-      <p id="status" class="small dim"><span id="state" role="status"></span></p>
+      <button id="leave" class="link">Leave</button><span class="grow"></span>
+      <p id="status" class="row small dim"><span id="dot" class="sign on"
+        aria-hidden="true"></span><span id="state" role="status"></span></p>
       <form id="searching" role="search" hidden><input id="query" aria-label="Search in this room"
         placeholder="Search in this room"></form>
-      <button id="search" class="icon" type="button" aria-label="Search"
-        aria-expanded="false"><svg><use
-        href="#i-search"/></svg></button>
-      <button id="wireButton" class="quiet" type="button" aria-label="Wire" aria-expanded="false"
-        aria-controls="wire">
-        <svg><use href="#i-wire"/></svg><span>Wire</span></button></header>
+      <button id="search" class="icon" data-icon="search" aria-label="Search"
+        aria-expanded="false"></button>
+      <button id="wireButton" class="quiet row" data-icon="wire" aria-label="Wire"
+        aria-expanded="false" aria-controls="wire"><span>Wire</span></button></header>
     <div id="chatLog" role="log" aria-label="Messages" tabindex="0"><div id="messages"></div></div>
-    <button id="newest" class="main" type="button" hidden></button>
+    <button id="newest" class="main" hidden></button>
     <p id="strip" class="row" hidden><span class="grow"><span id="stripText" role="status"></span>
-      <span id="seconds" aria-hidden="true"></span></span><button id="now" class="link"
-        type="button">
-      </button></p>
+      <span id="seconds" aria-hidden="true"></span></span>
+      <button id="now" class="link"></button></p>
     <form id="composer"><textarea id="messageText" rows="1" aria-label="Message"
-      aria-describedby="hint"></textarea><button id="send" class="main"
-        disabled>Send</button></form>
+      aria-describedby="hint"></textarea><button id="send" class="main">Send</button></form>
     <div id="foot"><p id="typing" class="cut grow"></p><p id="hint" role="status"></p></div>
   </main>
   <aside id="wire" aria-label="The wire" hidden>
-    <header class="row"><h2>The wire</h2><p class="small dim cut">all that this tab sends and
-      hears</p><button id="closeWire" class="icon" type="button"
-        aria-label="Close the wire"><svg><use
-      href="#i-close"/></svg></button></header>
+    <header class="row"><h2>The wire</h2>
+      <p class="small dim cut">all that this tab sends and hears</p>
+      <button id="closeWire" class="icon" data-icon="close" aria-label="Close the wire"></button>
+    </header>
     <details id="try" open><summary class="link">Send a request, or open a socket</summary>
-      <form id="form"><div class="row"><select id="method"
-        aria-label="Method"><option>GET<option>POST
-          <option>PUT<option>PATCH<option>DELETE<option>OPTIONS<option>HEAD<option>WS</select>
-        <input id="path" class="grow" aria-label="Path" list="paths" spellcheck="false" size="1"
-          value="/inspect/hello?a=1&amp;a=2"><datalist id="paths"></datalist>
-        <button id="go" class="main">Send</button></div>
-      <div id="socketRow" class="row" hidden><input id="frameText" class="grow" size="1"
-        value='{"a": 1}'
-        aria-label="Text to send"><button id="sendFrame" class="main" disabled>Send
-          text</button></div>
-      <div class="row small"><p id="chapter" class="grow dim cut"></p><button id="fold" class="link"
-        type="button" aria-expanded="false" aria-controls="more">Headers and body</button></div>
-      <div id="more" hidden>
-        <label class="row small"><input id="withToken" type="checkbox"> With my token</label>
-        <textarea id="headers" rows="1" aria-label="Headers, one a line">X-Example: hello</textarea>
-        <div class="row"><select id="kind" aria-label="Body"><option>no body<option>JSON<option>form
-          <option>file</select><input id="file" type="file" aria-label="File" hidden></div>
-        <textarea id="body" rows="3" aria-label="Body's content" hidden></textarea></div>
-      <p id="formProblem" class="problem" role="alert"></p></form></details>
-    <div id="wireTools"><input id="filter" class="grow" aria-label="Filter" size="1"
-      placeholder="Filter: 401, typing, /rooms"><button id="explain" type="button"
-      aria-pressed="true">Explain</button><button id="pause" type="button"
-        aria-pressed="false">Pause
-      </button><button id="clear" type="button">Clear</button></div>
-    <div id="frames" tabindex="0" role="region" aria-label="Requests and frames"><ol
-      id="list"></ol></div>
+      <form id="form">
+        <div class="row"><select id="method" aria-label="Method"><option>GET<option>POST<option>PUT
+            <option>PATCH<option>DELETE<option>OPTIONS<option>HEAD<option>WS</select>
+          <input id="path" class="grow" aria-label="Path" list="paths" spellcheck="false" size="1"
+            value="/inspect/hello?a=1&amp;a=2"><datalist id="paths"></datalist>
+          <button id="go" class="main">Send</button></div>
+        <div id="socketRow" class="row"><input id="frameText" class="grow" size="1"
+          value='{"a": 1}' aria-label="Text to send"><button id="sendFrame"
+          class="main">Send text</button></div>
+        <div class="row small"><p id="chapter" class="grow dim cut"></p><button id="fold"
+          class="link" type="button" aria-expanded="false" aria-controls="more">Headers and
+          body</button></div>
+        <div id="more" hidden>
+          <label class="row small"><input id="withToken" type="checkbox"> With my token</label>
+          <textarea id="headers" rows="1"
+            aria-label="Headers, one a line">X-Example: hello</textarea>
+          <div class="row"><select id="kind" aria-label="Body"><option>no body<option>JSON
+            <option>form<option>file</select><input id="file" type="file" aria-label="File"></div>
+          <textarea id="body" rows="3" aria-label="Body's content"></textarea></div>
+        <p id="formProblem" class="problem" role="alert"></p></form></details>
+    <div id="wireTools" class="row"><input id="filter" class="grow" aria-label="Filter" size="1"
+      placeholder="Filter: 401, typing, /rooms"><button id="explain"
+      aria-pressed="true">Explain</button><button id="pause" aria-pressed="false">Pause</button>
+      <button id="clear">Clear</button></div>
+    <div id="frames" tabindex="0" role="region" aria-label="Requests and frames">
+      <ol id="list"></ol></div>
   </aside>
 </div>
-<div id="myMenu" class="menu" popover role="dialog" aria-label="You"><button id="changePassword"
-  type="button">Change password</button>
-  <button id="notify" type="button"></button><p id="notifyWhy" class="small dim"></p><hr>
-  <button id="logOut" type="button">Log out</button></div>
+<div id="myMenu" class="menu" popover role="dialog" aria-label="You">
+  <button id="changePassword">Change password</button><button id="notify"></button>
+  <p id="notifyWhy" class="small dim"></p>
+  <button id="logOut">Log out</button></div>
 <div id="person" class="menu" popover role="dialog"></div>
-<div id="finder" class="menu" popover role="dialog" aria-label="Find"><label class="small">
-  <b id="finderLabel"></b><input id="finderText" spellcheck="false"></label><ul id="found"></ul>
-  <p id="foundNothing" class="small dim" role="status"></p></div>
-<dialog id="again" aria-labelledby="againTitle"><form id="againForm">
-  <div><h2 id="againTitle"></h2><p id="againWhy" class="small dim"></p></div>
-  <label>Password <input id="againPassword" type="password" autocomplete="current-password"></label>
-  <p id="againProblem" class="problem" role="alert"></p><p class="row"><button
-    class="main grow">Log in
-    again</button><button id="againOut" class="quiet" type="button">Log
-      out</button></p></form></dialog>
-<dialog id="passwords" aria-labelledby="passwordsTitle"><form id="passwordForm">
-  <div><h2 id="passwordsTitle">Change password</h2><p class="small dim">Every other log-in of yours
-    ends. The tabs of this browser go on.</p></div>
-  <label>Password now <input id="old" type="password" autocomplete="current-password"></label>
-  <label>New password <input id="new" type="password" autocomplete="new-password"></label>
-  <p id="changeProblem" class="problem" role="alert"></p><p class="row"><button
-    class="main grow">Change
-    </button><button id="passwordsOut" class="quiet"
-      type="button">Cancel</button></p></form></dialog>
+<div id="finder" class="menu" popover role="dialog" aria-label="Find">
+  <label class="small"><b id="finderLabel"></b><input id="finderText" spellcheck="false"></label>
+  <ul id="found"></ul><p id="foundNothing" class="small dim" role="status"></p></div>
+<dialog id="dialog" aria-labelledby="dialogTitle"></dialog>
 <script>
 "use strict";
 // All that is shown is a function of what is known. Handlers change `state` and call render(), and
@@ -2719,35 +2695,42 @@ const state = {
 };
 
 // -- Elements: text goes in as text nodes, never as HTML, so whatever others write stays text ----
-
 const put = (element, properties) => {  // only what differs: else it would be read aloud again
   for (const [name, value] of Object.entries(properties)) {
-    if (!(name in element)) element.setAttribute(name, value);
-    else if (element[name] !== value) element[name] = value;
+    if (element[name] !== value) element[name] = value;
   }
   return element;
 };
 // make("p.small.dim", {title: "..."}, "text", child); the properties may be left out.
 const make = (kind, ...children) => {
-  const [tag, ...names] = kind.split("."), className = names.join(" ");
+  const [tag, ...names] = kind.split(".");
   const properties = children[0]?.constructor === Object ? children.shift() : {};
-  const element = put(document.createElement(tag), className ? {className, ...properties}
-    : properties);
-  element.append(...children); return element;
+  const element = document.createElement(tag);
+  element.append(...children);
+  return Object.assign(element, {className: names.join(" ")}, properties);
 };
 const button = (text, onclick, kind = "") => make(`button${kind}`, {type: "button", onclick}, text);
 const say = (id, textContent) => put($(id), {textContent});
 const on = (id, type, action) => $(id).addEventListener(type, action);
 const classes = (...names) => names.filter(Boolean).join(" ");
-const icon = (name, svg = $("menu").firstElementChild.cloneNode(true)) => {
-  svg.firstElementChild.setAttribute("href", `#i-${name}`); return svg;
+const icon = (name) => {
+  const svg = $("iconTemplate").content.firstChild.cloneNode(true);
+  svg.classList.toggle("mark", name === "mark");
+  svg.firstChild.setAttribute("href", `#i-${name}`); return svg;
 };
+for (const one of document.querySelectorAll("[data-icon]")) one.prepend(icon(one.dataset.icon));
 // Makes a function from things to their elements. Each is built once and then only updated, so
 // focus, selection and what is unfolded stay. build(thing) returns [element, update].
 const keyed = (build, known = new WeakMap()) => (thing, ...context) => {
   if (!known.has(thing)) known.set(thing, build(thing));
   const [element, update] = known.get(thing);
   update?.(...context); return element;
+};
+// Fills an element anew if what it shows has changed.
+const refill = (element, shown, build) => {
+  const version = String(shown);
+  if (element.version !== version) element.replaceChildren(...build());
+  element.version = version;
 };
 // Makes these elements the children of a parent; what is in its place already is not touched.
 const arrange = (parent, wanted) => {
@@ -2758,15 +2741,10 @@ const arrange = (parent, wanted) => {
     if (element === next) next = next.nextElementSibling; else parent.insertBefore(element, next);
   }
 };
-// However much has changed, the page is drawn once for it. A hidden tab has no animation frames.
-let drawing = false;
-const render = () => {
-  if (!drawing) { if (document.hidden) setTimeout(draw, 50); else requestAnimationFrame(draw); }
-  drawing = true;
-};
+let drawTimer = 0;  // however much has changed, the page is drawn once for it
+const render = () => { drawTimer ||= setTimeout(draw, 16); };
 
 // -- What is kept in the browser ---------------------------------------------------------------
-
 const parsed = (text) => { try { return JSON.parse(text); } catch { return undefined; } };
 const kept = (name, fallback = null, storage = localStorage) => {
   try { return parsed(storage.getItem(`lobby.${name}`)) ?? fallback; } catch { return fallback; }
@@ -2789,7 +2767,6 @@ addEventListener("storage", ({key, newValue}) => {
 });
 
 // -- Requests and sockets, as the wire records them --------------------------------------------
-
 const lanes = [null, null];  // the sockets that are open, by their lane of the thread
 const bytesOf = (text) => new TextEncoder().encode(text).length;
 const hideSecrets = (text) => text
@@ -2799,8 +2776,7 @@ const record = (entry) => {
   const last = state.entries.at(-1), {socket, title, way, texts} = entry;
   render();
   if (entry.fades && last?.title === title && last.socket === socket && last.way === way) {
-    return Object.assign(last, {count: last.count + 1, texts: [...last.texts,
-      ...texts].slice(-20)});
+    last.count = last.texts.push(...texts); return last;
   }
   const through = [0, 1].filter((lane) => lanes[lane] && lane !== entry.lane);
   state.entries.push(Object.assign(entry, {at: new Date(), through, count: 1}));
@@ -2835,8 +2811,8 @@ const api = async (method, path, json = undefined, shown = undefined) => {
   const wrong = Array.isArray(detail) ? detail[0] : {msg: detail, loc: []};
   throw Object.assign(new Error(wrong.msg), {field: wrong.loc.at(-1), status});
 };
-const attempt = (...request) =>  // the same; what goes wrong is said in the room
-  api(...request).catch(({message}) => note(`Error: ${message}`, true));
+const complain = ({message}) => note(`Error: ${message}`, true);  // in the room
+const attempt = (...request) => api(...request).catch(complain);
 // A WebSocket whose handshake, frames and end are entries on its lane of the thread.
 const openSocket = (url, protocols = []) => {
   const socket = new WebSocket(url, protocols), lane = lanes[0] ? 1 : 0, start = performance.now();
@@ -2856,24 +2832,26 @@ const openSocket = (url, protocols = []) => {
   });
   return socket;
 };
-const recordFrame = (socket, way, data) => {
+const frameOf = (way, data, ms = undefined) => {
   const isText = typeof data === "string", text = isText ? data : `(${data.byteLength} bytes)`;
   const types = [...text.matchAll(/^{"type":"(\w+)/gm)].map((found) => found[1]);
-  const event = parsed(text.split("\n", 1)[0]), now = performance.now();
+  return {kind: "frame", way, types, texts: [hideSecrets(text)], ms,
+    event: parsed(text.split("\n", 1)[0]), bytes: data.byteLength ?? bytesOf(text),
+    title: [...new Set(types)].join(", ") || (isText ? "text" : "bytes"),
+    fades: types.length === 1 && /typing|joined|left/.test(types[0])};
+};
+const recordFrame = (socket, way, data) => {
+  const frame = frameOf(way, data), {event, types} = frame, now = performance.now();
   if (event?.http_version) socket.entry.seen = event;  // it echoes the handshake
   const about = event?.mid ?? (/join|history/.test(types[0]) ? "history" : "");  // what it answers
-  const asked = socket.asked.get(about);
+  if (way === "in") frame.ms = now - socket.asked.get(about) || undefined;
   if (way === "out") socket.asked.set(about, now); else socket.asked.delete(about);
-  record({kind: "frame", way, socket, lane: socket.lane, event, types, texts: [hideSecrets(text)],
-    title: [...new Set(types)].join(", ") || (isText ? "text" : "bytes"),
-    ms: way === "in" && asked ? now - asked : undefined, bytes: data.byteLength ?? bytesOf(text),
-    fades: types.length === 1 && /typing|joined|left/.test(types[0])});
+  record(Object.assign(frame, {socket, lane: socket.lane}));
 };
 const sendFrame = (socket, text) => { recordFrame(socket, "out", text); socket.send(text); };
 const socketUrl = (path) => new URL(path, location.href.replace(/^http/, "ws").replace(/#.*/, ""));
 
 // -- The log-in: kept, renewed before its end, asked for again where it ends all the same --------
-
 let renewTimer = 0;
 const claimsOf = ({token}) => {  // what a token says of itself; only the server knows if it is true
   try { return parsed(atob(token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/"))) ?? {}; }
@@ -2885,8 +2863,7 @@ const takeLogIn = (token, stay) => {
   if (stay) keep("login", null, sessionStorage);
   state.login = {token, stay, at: Date.now()}; keepLogIn(state.login, state.login); watchLogIn();
 };
-const watchLogIn = () => {
-   // each minute and on waking up, since timers stop while a computer sleeps
+const watchLogIn = () => {  // each minute and on waking: timers stop while a computer sleeps
   clearTimeout(renewTimer);
   if (!state.login) return;
   const wait = state.login.at + 0.8 * lifeOf(state.login) - Date.now();
@@ -2915,23 +2892,19 @@ const hearLogIn = (kind, login) => {
 };
 // The log-in has ended: renew it if it stays, else ask for the password over the page as it is.
 const logInEnded = async (reason) => {
-  const {login} = state, isOld = /expired/.test(reason),
-    minutes = Math.round(lifeOf(login) / 60_000);
+  const {login} = state, isOld = /expired/.test(reason);
   hangUp();
   const renewed = isOld && login.stay && await renew();
   if (renewed) return state.login && connect();
   if (renewed === null) return disconnected("");
   if (!state.me) return refuse("Your log-in has ended.");
-  say("againTitle", `Your log-in has ended, ${state.me}`);
-  say("againWhy", `${isOld ? `After ${minutes} minutes` : reason.replace("Unauthorized: ", "")}. `
-    + "What you typed is kept.");
   state.connection = "logged out";
-  if (!$("again").open) $("again").showModal();
-  render();
+  state.why = isOld ? `After ${Math.round(lifeOf(login) / 60_000)} minutes`
+    : reason.replace("Unauthorized: ", "");
+  askAgain(); render();
 };
 
 // -- Rooms -------------------------------------------------------------------------------------
-
 const FOLLOWED = 48;  // rooms of last time, and private ones; one socket may follow 100
 const MOST = 1_000;   // messages of a room that are kept here; older ones come back on scrolling up
 // A room's name in any spelling is one key, and so are the two names of a private conversation.
@@ -2944,7 +2917,8 @@ const roomOf = (name) => {
   if (!rooms.has(key)) rooms.set(key, {key, name, items: new Map(), last: null, more: false,
     joined: "no",  // then "asked", then "yes": only when its history is here, all else of it counts
     read: kept(`read.${me}.${epoch}.${key}`), unread: new Set(), newAfter: null,
-    here: new Set(), typing: new Map(), loading: false, refused: "", place: null, past: false,
+    here: new Set(), typing: new Map(), loading: false, refused: "", place: 0,
+    past: false, glanced: false,  // these are not the newest; it was read, but is not followed
     left: kept(`left.${me}.${key}`, -1)});  // the last id when it was closed
   return rooms.get(key);
 };
@@ -2962,8 +2936,9 @@ const personOf = (user) => {
   return state.people.get(user);
 };
 const may = (...roles) => roles.includes(personOf(state.me).role);
+const readTo = (room, id) => keep(`read.${state.me}.${state.epoch}.${room.key}`, room.read = id);
 const markRead = (room, id = room.last) => {
-  if (id > room.read) keep(`read.${state.me}.${state.epoch}.${room.key}`, room.read = id);
+  if (id > room.read) readTo(room, id);
   for (const one of room.unread) if (one <= room.read) room.unread.delete(one);
 };
 const atNewest = () => $("chatLog").scrollTop > -40;  // it counts down from 0, the newest
@@ -2971,18 +2946,22 @@ const isLooking = (room) =>
   room === state.current && !document.hidden && atNewest() && !state.search;
 const draftOf = (room) => `draft.${state.me}.${room.key}`;
 const keepRooms = () => keep(`rooms.${state.me}`, [...state.rooms.values()]
-  .filter((room) => !isPrivate(room) && room.joined !== "no").map(({name}) =>
-    name).slice(-FOLLOWED));
+  .filter((room) => !isPrivate(room) && room.joined !== "no")
+  .map(({name}) => name).slice(-FOLLOWED));
 const openRoom = (name) => {
   const old = state.current, room = roomOf(name);
-  if (old && old !== room) { old.place = placeNow(); if (!old.unread.size) old.newAfter = null; }
+  if (old && old !== room) {
+    if (!state.search) old.place = $("chatLog").scrollTop;
+    if (!old.unread.size) old.newAfter = null;
+  }
   if (old !== room) $("messageText").value = kept(draftOf(room), "");
-  Object.assign(room, {left: -1, refused: ""});
+  if (room.glanced) room.joined = "no";
+  Object.assign(room, {left: -1, refused: "", glanced: false});
   Object.assign(state, {current: room, search: null, arriving: true}); join(room);
   if (decodeURIComponent(location.hash.slice(1)) !== room.name) location.hash = room.name;
   $("side").hidePopover();
   if (!matchMedia("(pointer: coarse)").matches) $("messageText").focus();
-  render();
+  render(); return room;
 };
 const leaveRoom = (room) => {  // a private one is followed on, and comes back with a new message
   if (isPrivate(room)) keep(`left.${state.me}.${room.key}`, room.left = room.last ?? 0);
@@ -2991,21 +2970,19 @@ const leaveRoom = (room) => {  // a private one is followed on, and comes back w
 };
 
 // -- The outbox: what is typed is kept until the server has it ---------------------------------
-
 let sending = null, answerTimer = 0;  // the mid that waits; one after the other keeps their order
 const keepItem = (item, value = item) => keep(`outbox.${state.me}.${item.mid}`, value);
 const loadOutbox = () => {
-  const {outbox, me} = state, mine = `lobby.outbox.${me}.`;
+  const mine = `lobby.outbox.${state.me}.`;
   const names = Object.keys(localStorage).filter((name) => name.startsWith(mine));
-  for (const item of names.map((name) => kept(name.slice("lobby.".length)))) {
-    if (item && !outbox.has(item.mid)) outbox.set(item.mid, item);
+  const items = names.map((name) => kept(name.slice("lobby.".length))).filter(Boolean);
+  for (const item of items.sort((one, other) => one.at - other.at)) {
+    if (!state.outbox.has(item.mid)) state.outbox.set(item.mid, item);
+    roomOf(item.room);  // to be seen somewhere
   }
-  state.outbox = new Map([...outbox].sort(([, one], [, other]) => one.at - other.at));
-  for (const {room} of state.outbox.values()) roomOf(room);  // to be seen somewhere
 };
 const post = (room, text) => {
-  const random = crypto.getRandomValues(new Uint32Array(4));
-  const mid = Array.from(random, (number) => number.toString(36)).join("-");
+  const mid = crypto.getRandomValues(new Uint32Array(4)).join("-");
   const item = {mid, room: room.name, user: state.me, text, at: Date.now() / 1_000};
   state.outbox.set(mid, item); keepItem(item); room.newAfter = null; toNewest(room); sendNext();
 };
@@ -3029,7 +3006,6 @@ const settle = (mid, problem = null) => {
 const tryAgain = (item) => { delete item.problem; keepItem(item); sendNext(); };
 
 // -- Events ------------------------------------------------------------------------------------
-
 const hear = (event) => {
   const {type, user, id} = event;
   render();
@@ -3043,7 +3019,8 @@ const hear = (event) => {
   if (type === "history") return hearHistory(room, event);
   if (room.joined !== "yes") {  // its history will have it
     if (type !== "message" || room.joined === "asked") return;
-    room.read ??= id - 1; return join(room);
+    if (room.read === null) readTo(room, id - 1);
+    return join(room);
   }
   switch (type) {
     case "presence": room.here = new Set(Object.keys(event.users));
@@ -3069,13 +3046,14 @@ const hearHistory = (room, {room: name, messages, more, complete}) => {
   if (!room.last || !complete) {
     const items = complete && !room.past ? room.items : new Map();
     Object.assign(room, {items, more, last: 0, past: false});
-    room.read ??= messages.at(-1)?.id ?? 0;
+    if (room.read === null) readTo(room, messages.at(-1)?.id ?? 0);
   }
   for (const message of messages) {
     const sent = message.user === state.me ? settle(message.mid) : null;
     addMessage(room, Object.assign(sent ?? {}, message), false);
   }
   keepRooms();
+  if (room.glanced) glance();
 };
 const addMessage = (room, message, isSeen) => {
   if (message.id <= room.last) return;
@@ -3114,7 +3092,7 @@ const hearError = ({mid, message, room: name, retry_after: wait}) => {
   } else if (room?.joined === "asked") {
     room.joined = "no";
     if (wait) later(() => join(room)); else room.refused = message;
-  } else note(`Error: ${message}`, true);
+  } else complain({message});
 };
 // A line for the reader alone.
 const note = (notice, isWrong = false) => {
@@ -3123,33 +3101,42 @@ const note = (notice, isWrong = false) => {
 };
 const welcome = ({user, role, epoch, rooms: talks}) => {
   if (state.epoch !== epoch) state.rooms.clear();  // another database
-  const isFirst = !state.me, name = state.current?.name ?? (addressed() || "lobby");
-  Object.assign(state, {me: user, epoch, connection: "connected", why: ""}); $("again").close();
+  const isFirst = !state.me, name = state.current?.name ?? addressed();
+  Object.assign(state, {me: user, epoch, connection: "connected", why: ""});
   personOf(user).role = role;
-  for (const room of state.rooms.values()) Object.assign(room, {joined: "no", loading: false});
+  const apart = {joined: "no", loading: false, glanced: false};
+  for (const room of state.rooms.values()) Object.assign(room, apart);
   loadOutbox(); roomOf(askedFor).joined = "asked";
   if (isFirst) openRoom(name); else state.current = roomOf(name);
   const known = kept(`rooms.${user}`, []);
   for (const one of ["lobby", name, ...known, ...talks.slice(0, FOLLOWED)]) join(roomOf(one));
-  for (const talk of talks) roomOf(talk);  // those beyond are joined with their next message
-  sendNext();
+  toGlance = talks.map(roomOf).filter((room) => room.joined === "no");
+  glance(); sendNext();
+};
+// More private conversations than a socket may follow: their messages come all the same, and what
+// was written before is read, some at a time, once the last ones have come.
+let toGlance = [];
+const glance = () => {
+  if ([...state.rooms.values()].some((room) => room.glanced && room.joined === "asked")) return;
+  const some = toGlance.splice(0, FOLLOWED);
+  for (const room of some) {
+    Object.assign(room, {joined: "asked", glanced: true, past: true, last: null});
+  }
+  transmit(...some.map(({name}) => ({type: "history", room: name, limit: 20})));
 };
 
 // -- Notifications: of private messages and mentions, for whoever has asked ---------------------
-
-const notifications = () => {  // may they be had, are they on, and why
-  const can = isSecureContext && window.Notification?.permission !== "denied";
-  return {can, isOn: can && Notification.permission === "granted" && kept(`notify.${state.me}`),
-    why: can ? "Of private messages and mentions, while this tab is hidden."
-      : isSecureContext ? "This browser was told to allow none."
-        : "The browser wants https for that."};
-};
+const whyNoNotices = () => !isSecureContext ? "Notifications: the browser wants https for them."
+  : window.Notification?.permission === "granted" || window.Notification?.permission === "default"
+    ? "" : "Notifications: this browser was told to allow none.";
+const isNotified = () => !whyNoNotices() && Notification.permission === "granted"
+  && kept(`notify.${state.me}`);
 const isMention = (text) => {  // between Chinese words there is no space that could end a name
   const end = /\p{sc=Han}$/u.test(state.me) ? "" : "(?![\\p{L}\\p{M}\\p{N}_-])";
   return new RegExp(`(?<![\\p{L}\\p{N}])@${state.me}${end}`, "iu").test(text);
 };
 const announce = (room, {user, text, id}) => {
-  if (!notifications().isOn || !(isPrivate(room) || isMention(text))) return;
+  if (!isNotified() || !(isPrivate(room) || isMention(text))) return;
   try {
     const shown = new Notification(user, {body: text.slice(0, 200), tag: `lobby ${id}`});
     shown.onclick = () => { window.focus(); openRoom(room.name); };
@@ -3157,12 +3144,12 @@ const announce = (room, {user, text, id}) => {
 };
 
 // -- The connection ----------------------------------------------------------------------------
-
 let socket = null;
 let retries = 0, retryTimer = 0;  // failed connections in a row
 let askedFor = "";                // the room that the socket's URL names
-const transmit = (event) => {
-  if (socket?.readyState === WebSocket.OPEN) sendFrame(socket, JSON.stringify(event));
+const transmit = (...events) => {  // one frame, an event a line
+  const lines = events.map((event) => JSON.stringify(event));
+  if (lines[0] && socket?.readyState === WebSocket.OPEN) sendFrame(socket, lines.join("\n"));
 };
 const cursorOf = (room) => {  // after the last message that is here, or the newest page
   if (room?.past) room.last = null;
@@ -3180,6 +3167,7 @@ const hangUp = () => {
 };
 const connect = () => {
   hangUp();
+  if (state.connection === "logged out") $("dialog").close();
   const {login, current} = state, url = socketUrl("ws/chat");
   if (Date.now() > login.at + lifeOf(login)) return logInEnded("Token expired");
   askedFor = current?.name ?? "lobby";
@@ -3220,30 +3208,28 @@ const refuse = (reason) => {
   for (const kind of [state.rooms, state.people, state.outbox]) kind.clear();
   Object.assign(state, {login: null, me: "", epoch: null, connection: "", current: null,
     entries: [], search: null, problem: reason});
-  for (const dialog of document.querySelectorAll("dialog")) dialog.close();
   for (const floating of document.querySelectorAll(":popover-open")) floating.hidePopover();
-  for (const field of document.querySelectorAll("dialog input, #messageText")) field.value = "";
-  for (const id of ["messages", "list"]) $(id).replaceChildren();
+  $("dialog").close(); $("messageText").value = "";
+  for (const id of ["dialog", "messages", "list"]) $(id).replaceChildren();
   history.replaceState(null, "", location.pathname); showWire(false);
 };
 addEventListener("online", () => { if (state.login && !socket) connect(); });
 addEventListener("offline", () => { if (socket) disconnected("offline"); });
 document.addEventListener("visibilitychange", () => {
-  drawing = false; render();
+  render();
   if (!document.hidden) watchLogIn();
 });
 
 // -- Drawing the chat --------------------------------------------------------------------------
-
 const clock = new Intl.DateTimeFormat([], {timeStyle: "short"});
 const calendar = new Intl.DateTimeFormat([], {dateStyle: "full"});
 const moment = new Intl.DateTimeFormat([], {dateStyle: "full", timeStyle: "medium"});
 const plural = (count, word) => `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
+const dayOf = (item) => item.day ??= new Date(item.at * 1_000).toDateString();
 const dayName = (day) => {
   const ago = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(day)) / 86_400_000);
   return ["Today", "Yesterday"][ago] ?? calendar.format(new Date(day));
 };
-const dayOf = (item) => item.day ??= new Date(item.at * 1_000).toDateString();
 // Code in backticks, @names and links; a link ends where a sentence could, in Chinese too.
 const INLINE = new RegExp("(`[^`\\n]+`|(?<![\\p{L}\\p{N}])@[\\p{L}\\p{M}\\p{N}_-]+"
   + "|https?:\\/\\/[^\\s<>\"（），。；：！？、「」『』《》【】]*"
@@ -3259,14 +3245,15 @@ const inline = (text, q) => text.split(INLINE).flatMap((part, index) => {
   if (part[0] === "@") return make("b", part);
   return make("a", {href: part, target: "_blank", rel: "noopener noreferrer"}, part);
 });
-const textOf = (text, q = "") => {  // its direction is that of most letters, not of the first one
+// The direction of most letters, not of the first one.
+const directionOf = (text) => {
   const count = (letters) => text.match(letters)?.length ?? 0;
-  const isLeftward = count(/[\p{sc=Arab}\p{sc=Hebr}\p{sc=Syrc}\p{sc=Thaa}]/gu) * 2 >
-    count(/\p{L}/gu);
-  return make("div.text", {dir: isLeftward ? "rtl" : "ltr"},
-    ...text.split(/\n?```(?:\w*\n)?([^]+?)\n?```\n?/).flatMap((part, index) =>
-      index % 2 ? make("pre", {tabIndex: 0}, ...marked(part, q)) : inline(part, q)));
+  const leftward = count(/[\p{sc=Arab}\p{sc=Hebr}\p{sc=Syrc}\p{sc=Thaa}]/gu);
+  return leftward * 2 > count(/\p{L}/gu) ? "rtl" : "ltr";
 };
+const textOf = (text, q = "") => text.split(/\n?```(?:\w*\n)?([^]+?)\n?```\n?/)
+  .flatMap((part, index) =>
+    index % 2 ? make("pre", {tabIndex: 0}, ...marked(part, q)) : inline(part, q));
 const avatar = (user) => {
   const sum = [...user].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 9973, 7);
   const element = make(`span.avatar${user === state.me ? ".own" : ""}`, {ariaHidden: "true"},
@@ -3275,47 +3262,47 @@ const avatar = (user) => {
 };
 const timeOf = (at, words = clock.format(at * 1_000)) => make("time",
   {dateTime: new Date(at * 1_000).toISOString(), title: moment.format(at * 1_000)}, words);
-const whoRow = (user, ...more) => make("div.who", make("button", {type: "button", tabIndex: -1,
-  dir: "auto", onclick: ({target}) => showPerson(user, target)}, user), ...more);
+const whoRow = (user, ...more) => make("div.who", make("button", {tabIndex: -1, dir: "auto",
+  onclick: ({target}) => showPerson(user, target)}, user), ...more);
 const messageRow = keyed((item) => {
-  const {user, at} = item, foot = make("p.state");
-  const element = make("article", {tabIndex: -1,
-    ariaLabel: `${user}, ${moment.format(at * 1_000)}`},
-    avatar(user), whoRow(user, timeOf(at)), make("div"), foot);
-  let drawnText = null, drawnState = null;
-  return [Object.assign(element, {item}), () => {
+  const {user, at, mid} = item, body = make("div.text"), foot = make("p.state");
+  const label = `${user}, ${moment.format(at * 1_000)}`;
+  const row = make("article", {item, tabIndex: -1, ariaLabel: label}, avatar(user),
+    whoRow(user, timeOf(at)), body, foot);
+  return [row, () => {
     const {id, gone, grouped, problem} = item, text = gone ? "Message deleted" : item.text;
     const waits = id ? "" : problem ? `Not sent: ${problem}`
       : state.connection === "connected" ? "Sending" : "Waiting for the connection";
-    if (text !== drawnText) element.children[2].replaceWith(textOf(drawnText = text));
-    if (waits !== drawnState) foot.replaceChildren(drawnState = waits, ...(problem ? [
+    put(body, {dir: directionOf(text)});
+    refill(body, text, () => textOf(text));
+    refill(foot, waits, () => [waits, ...(problem ? [
       button("Try again", () => tryAgain(item), ".link"),
-      button("Discard", () => settle(item.mid), ".link")] : []));
-    foot.hidden = !waits;
-    put(element, {className: classes("message", grouped && "grouped", gone && "gone",
-      waits && (problem ? "failed" : "waiting"), item === state.hit && "found",
+      button("Discard", () => settle(mid), ".link")] : [])]);
+    put(foot, {hidden: !waits});
+    put(row, {className: classes("message", grouped && "grouped", gone && "gone",
+      waits && (problem ? "failed" : "waiting"),
       !gone && user !== state.me && isMention(text) && "mention")});
   }];
 });
 const listed = (people, word) => {
   const names = [...people].slice(0, 5), rest = people.size - names.length;
   if (rest > 0) names.push(`${rest} more`);
-  return names.length ? [`${names.join(", ").replace(/, ([^,]+)$/, " and $1")} ${word}`] : [];
+  return names.length ? [`${new Intl.ListFormat("en-GB").format(names)} ${word}`] : [];
 };
-const lineRow = (className) => keyed(() => {
-  const element = make("p", {className});
+const lineRow = (kind) => keyed(() => {
+  const element = make(kind);
   return [element, (textContent) => put(element, {textContent})];
 });
-const dayRow = lineRow("day"), newRow = lineRow("new");
-const noticeRow = lineRow("notice"), errorRow = lineRow("notice wrong");
+const dayRow = lineRow("p.day"), newRow = lineRow("p.new");
+const noticeRow = lineRow("p.notice"), errorRow = lineRow("p.notice.wrong");
 const rowsOf = (room) => {
   const rows = [];
   let head = null, day = "", isMarked = room.newAfter === null;
   for (const item of [...room.items.values(), ...pendingIn(room)]) {
-    const {user, at, id, notice, joined, left} = item;
-    const words = joined ? [...listed(joined, "joined"), ...listed(left, "left")].join(", ")
-      : notice;
-    if (words) rows.push((item.isWrong ? errorRow : noticeRow)(item, words));
+    const {user, at, id, joined, left} = item;
+    const notice = joined ? [...listed(joined, "joined"), ...listed(left, "left")].join(", ")
+      : item.notice;
+    if (notice) rows.push((item.isWrong ? errorRow : noticeRow)(item, notice));
     if (!user) continue;
     const isNextDay = dayOf(item) !== day;
     const isFirstNew = !isMarked && id > room.newAfter && user !== state.me;
@@ -3330,21 +3317,14 @@ const rowsOf = (room) => {
   }
   return rows;
 };
-// Where the reader is in the log: the first message in view, and how far down it stands.
 const topOf = (element) => element.getBoundingClientRect().top;
-const rowWhere = (is) => [...$("messages").children].find((row) => row.item && is(row));
-const placeNow = () => {
-  const log = topOf($("chatLog")), row = !atNewest() && rowWhere((one) => topOf(one) >= log);
-  return row ? {item: row.item, top: topOf(row) - log} : null;
-};
-// A room opens where it was left, or at its first new message, or at the newest.
+// A room opens at its first new message, or where it was left.
 const arrive = (room) => {
-  const log = $("chatLog"), {item, top} = room.place ?? {top: 60};
-  log.scrollTop = 0;
-  const row = item ? rowWhere((one) => one.item === item) : log.querySelector(".new");
-  const down = row ? topOf(row) - topOf(log) : 0;
-  if (item || down < 0) log.scrollTop += down - top;
-  room.place = state.arriving = null;
+  const log = $("chatLog"), line = log.querySelector(".new");
+  log.scrollTop = line ? 0 : room.place;
+  const down = line ? topOf(line) - topOf(log) : 0;
+  if (down < 0) log.scrollTop += down - 60;
+  room.place = 0; state.arriving = false;
 };
 const quietly = () => {  // a screen reader hears only news
   $("chatLog").ariaLive = "off";
@@ -3352,40 +3332,36 @@ const quietly = () => {  // a screen reader hears only news
 };
 const hitRow = keyed((hit) => [make("article.message", avatar(hit.user), whoRow(hit.user,
   timeOf(hit.at, `${dayName(dayOf(hit))} ${clock.format(hit.at * 1_000)}`),
-  button("Go there", () => jump(hit), ".link")), textOf(hit.text, state.search.q))]);
-const searchHead = make("p.notice.found-head.row");
-const searchRows = ({q, found, more}) => {
+  button("Go there", () => jump(hit), ".link")),
+make("div.text", {dir: directionOf(hit.text)}, ...textOf(hit.text, state.search.q)))]);
+const searchRows = keyed(({q, found, more}) => {
   const words = found ? `${plural(found.length, "message")} with “${q}”, newest first`
     : "Searching";
-  searchHead.replaceChildren(make("span.grow", {role: "status"}, words),
+  return [make("p.notice.found-head.row", make("span.grow", {role: "status"}, words),
     ...(more ? [button("More", () => find(q, found), ".link")] : []),
-    button(`Back to ${titleOf(state.current)}`, () => toggleSearch(false), ".link"));
-  return [searchHead, ...(found ?? []).map((hit) => hitRow(hit))];
-};
+    button(`Back to ${titleOf(state.current)}`, () => toggleSearch(false), ".link"))];
+});
 const emptyRow = keyed(() => {
-  const title = make("h2"), words = make("p.dim"), mark = icon("mark");
-  mark.classList.add("mark");
-  return [make("div.empty", mark, title, words), (room) => {
-    const name = isPrivate(room) ? titleOf(room) : `#${room.name}`;
-    put(title, {textContent: room.refused ? `${name} cannot be opened`
-      : isPrivate(room) ? `You and ${name}` : `${name} is new`});
-    put(words, {textContent: room.refused || (isPrivate(room)
-      ? "Nobody else sees what you write here."
-      : "Write the first line. All who join later will find it here.")});
+  const row = make("div.empty");
+  return [row, (room) => {
+    const isTalk = isPrivate(room), name = isTalk ? titleOf(room) : `#${room.name}`;
+    const title = room.refused ? `${name} cannot be opened`
+      : isTalk ? `You and ${name}` : `${name} is new`;
+    const words = room.refused || (isTalk ? "Nobody else sees what you write here."
+      : "Write the first line. All who join later will find it here.");
+    refill(row, [title, words], () => [icon("mark"), make("h2", title), make("p.dim", words)]);
   }];
 });
 const sideRow = keyed(() => {
-  const sign = make("span", {ariaHidden: "true"}), name = make("span.cut.grow", {dir: "auto"});
-  const extra = make("span"), word = make("span.unseen", "unread");
-  const line = make("button", {type: "button"}, sign, name, extra, word);
-  return [make("li", line), (text, {dot, badge, unread, isCurrent, action}) => {
-    put(sign, {className: classes("sign", dot !== undefined && "dot", dot && "on"),
-      textContent: dot === undefined ? "#" : ""});
-    put(name, {textContent: text});
-    put(extra, {className: unread ? "count" : badge ? "badge" : "", textContent: unread || badge});
-    put(word, {hidden: !unread});
+  const line = make("button");
+  return [make("li", line), (name, {sign, badge, unread = 0, isCurrent = false, action}) => {
     put(line, {onclick: action, className: unread ? "unread" : "",
       ariaCurrent: isCurrent ? "true" : null});
+    refill(line, [sign, name, unread, badge], () => [
+      make(sign === "●" ? "span.sign.on" : "span.sign", {ariaHidden: "true"}, sign),
+      make("span.cut.grow", {dir: "auto"}, name),
+      ...(unread ? [make("span.count", unread), make("span.unseen", "unread")]
+        : badge ? [make("span.badge", badge)] : [])]);
   }];
 });
 const isOnline = (user) => [...state.rooms.values()].some((room) => room.here.has(user));
@@ -3393,14 +3369,14 @@ const drawSide = () => {
   const rooms = [...state.rooms.values()].filter(isListed)
     .sort((one, other) => titleOf(one).localeCompare(titleOf(other)));
   const talks = rooms.filter(isPrivate), row = (room) => sideRow(room, titleOf(room), {
-    dot: isPrivate(room) ? isOnline(titleOf(room)) : undefined, unread: room.unread.size,
+    sign: !isPrivate(room) ? "#" : isOnline(titleOf(room)) ? "●" : "○", unread: room.unread.size,
     badge: pendingIn(room).some((item) => item.problem) ? "not sent" : "",
     isCurrent: room === state.current, action: () => openRoom(room.name)});
   arrange($("rooms"), rooms.filter((room) => !isPrivate(room)).map(row));
   arrange($("private"), talks.map(row));
   const online = new Set([...state.rooms.values()].flatMap((room) => [...room.here]));
   for (const user of [state.me, ...talks.map(titleOf)]) online.delete(user);
-  arrange($("people"), [...online].sort().map((user) => sideRow(personOf(user), user, {dot: true,
+  arrange($("people"), [...online].sort().map((user) => sideRow(personOf(user), user, {sign: "●",
     badge: personOf(user).role.replace("member", ""),
     action: ({currentTarget}) => showPerson(user, currentTarget)})));
   if ($("myName").textContent !== state.me) $("myAvatar").replaceChildren(avatar(state.me));
@@ -3408,19 +3384,17 @@ const drawSide = () => {
   const unread = rooms.reduce((sum, room) => sum + room.unread.size, 0);
   put(document, {title: unread ? `(${unread}) Lobby` : "Lobby"});
   put($("menu"), {ariaLabel: `Rooms and people${unread ? `, ${unread} unread` : ""}`});
-  put($("menuCount"), {textContent: unread || "", hidden: !unread});
-  put($("icon"), {href:
-    "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
-    + `<circle cx='8' cy='8' r='7' fill='${unread ? "crimson" : "royalblue"}'/></svg>`});
+  put($("menuCount"), {textContent: unread, hidden: !unread});
 };
 const drawFrame = (room) => {
   const {connection, retryIn, why, search} = state, title = titleOf(room), isTalk = isPrivate(room);
   const others = [...room.here].filter((user) => user !== state.me).sort();
   say("roomName", isTalk ? title : `# ${title}`);
-  say("who", isTalk ? isOnline(title) ? "online" : "away" : others[0] ? ["you",
-    ...others].join(", ") : "only you");
+  say("who", isTalk ? isOnline(title) ? "online" : "away"
+    : others[0] ? ["you", ...others].join(", ") : "only you");
   put($("leave"), {hidden: room.key === "lobby"});
-  say("state", $("status").dataset.state = connection);
+  say("state", connection);
+  say("dot", connection === "connected" ? "●" : "○");
   const isOut = connection === "logged out", isAway = connection === "reconnecting";
   put($("strip"), {hidden: !isOut && !isAway});
   say("stripText", isOut ? "Your log-in has ended. What you write is kept." : isAway
@@ -3432,36 +3406,35 @@ const drawFrame = (room) => {
   const text = $("messageText").value.trim(), over = [...text].length - LONGEST;
   put($("hint"), {className: over > 0 ? "problem" : "", textContent: over > 0
     ? `${plural(over, "character")} too many`
-      : "Enter sends, Shift + Enter breaks the line, /help"});
+    : "Enter sends, Shift + Enter breaks the line, /help"});
   put($("send"), {disabled: !text || over > 0});
   put($("messageText"), {placeholder: `Message ${isTalk ? "" : "#"}${title}`});
-  const below = atNewest() ? 0 : room.unread.size, isFar = room.past
-    || $("chatLog").scrollTop < -400;
+  const below = atNewest() ? 0 : room.unread.size;
+  const isFar = room.past || $("chatLog").scrollTop < -400;
   put($("newest"), {hidden: Boolean(search) || !(below || isFar),
     textContent: below ? `${below} new below` : "Jump to the newest"});
 };
 let drawn = null;  // the room, or the search, that was drawn last
 const draw = () => {
-  drawing = false;
+  drawTimer = 0;
   const {me, current: room, search} = state;
   put($("access"), {hidden: Boolean(me)}); put($("app"), {hidden: !me});
   say("problem", me ? "" : state.problem || state.connection);
   if (!me) return put(document, {title: "Lobby"});
-  const view = search ?? room, isNew = view !== drawn;
-  const rows = search ? searchRows(search) : rowsOf(room), isHere = room.joined === "yes"
-    || room.refused;
-  const isEmpty = !search && isHere && !rows.some((row) => row.item);
+  const view = search ?? room, isNew = view !== drawn, isHere = room.joined === "yes";
+  const rows = search ? [searchRows(search), ...(search.found ?? []).map((hit) => hitRow(hit))]
+    : rowsOf(room);
+  const isEmpty = !search && (isHere || room.refused) && !rows.some((row) => row.item);
   if (isNew) quietly();
   arrange($("messages"), isEmpty ? [emptyRow(room, room), ...rows] : rows);
   if (isNew && search) $("chatLog").scrollTop = -$("chatLog").scrollHeight;
-  if (state.arriving && isHere) arrive(room);
-  if (isLooking(room) && room.joined === "yes") markRead(room);
+  if (state.arriving && (isHere || room.refused)) arrive(room);
+  if (isLooking(room) && isHere) markRead(room);
   drawn = view; drawSide(); drawFrame(room); loadOlder();
   if (!$("wire").hidden) drawWire();
 };
 
-// -- What floats: a person's card, and what More has found --------------------------------------
-
+// -- What floats: a person's card, what is found, and a dialog that asks for passwords -----------
 const float = (element, anchor) => {
   if (!element.matches(":popover-open")) element.showPopover();
   const {left, bottom} = anchor.getBoundingClientRect();
@@ -3470,48 +3443,51 @@ const float = (element, anchor) => {
   element.style.top = within(bottom + 4, innerHeight - element.offsetHeight);
 };
 const article = (role) => `${role === "admin" ? "an" : "a"} ${role}`;
-// What the reader may do with somebody: [button, question, what follows, method, path, JSON].
+const RIGHTS = {member: "May write, and delete what is their own.",
+  moderator: "May delete messages, kick and ban.", admin: "May do everything, this too."};
+// A button that turns into the question whether to do it.
+const askingButton = (label, title, consequence, action) => {
+  const no = button("No", () => question.replaceWith(row), ".quiet");
+  const yes = button(title, action, /^(Make|Unban)/.test(label) ? ".main" : ".wrong");
+  const question = make("div.ask", make("b", `${title}?`), make("p.small.dim", consequence),
+    make("p.row", yes, no));
+  const row = button(label, () => { row.replaceWith(question); no.focus(); });
+  return row;
+};
+// What the reader may do with somebody.
 const actionsOn = (user, role, banned) => {
   if (user === state.me || !may("moderator", "admin")) return [];
-  const rights = {member: "May write, and delete what is their own.",
-    moderator: "May delete messages, kick and ban.", admin: "May do everything, this too."};
-  const roles = Object.keys(rights).filter((one) => one !== role).map((one) =>
-    [`Make ${one}`, `Make ${user} ${article(one)}`, rights[one], "PUT", "role", {role: one}]);
-  return [["Kick", `Kick ${user}`, "Ends all open sockets; may come back.", "POST", "kick"],
-    banned ? ["Unban", `Unban ${user}`, "May log in again.", "POST", "unban"]
-      : ["Ban", `Ban ${user}`, "Out until somebody lifts the ban.", "POST", "ban"],
-    ...(may("admin") ? [...roles, ["New password", `Set ${user}'s password`,
-      "All log-ins of theirs end.", "PUT", "password"]] : [])];
-};
-// Each is asked once more, in place, before it is done.
-const actionRow = (user) => ([label, title, then, method, path, json]) => {
-  const isSecret = path === "password", hidden = isSecret ? '{"new":"…"}' : undefined;
-  const field = make("input", {type: "password", ariaLabel: label, hidden: !isSecret});
-  const no = button("No", () => question.replaceWith(row), ".quiet");
-  const yes = button(title, async () => {
+  const change = async (title, method, what, ...json) => {
     $("person").hidePopover();
-    const done = await attempt(method, `users/${encodeURIComponent(user)}/${path}`,
-      isSecret ? {new: field.value} : json, hidden);
-    if (done !== undefined) note(`${title}: done.`);
-  }, /^(Make|Unban)/.test(label) ? ".main" : ".wrong");
-  const question = make("div.ask", make("b", `${title}?`), make("p.small.dim", then), field,
-    make("p.row", yes, no));
-  const row = button(label, () => { row.replaceWith(question); (isSecret ? field : no).focus(); });
-  return row;
+    await api(method, `users/${encodeURIComponent(user)}/${what}`, ...json);
+    note(`${title}: done.`);
+  };
+  const action = (label, title, consequence, ...how) => askingButton(label, title, consequence,
+    () => change(title, ...how).catch(complain));
+  const title = `Set ${user}'s password`;
+  return [action("Kick", `Kick ${user}`, "Ends all open sockets; may come back.", "POST", "kick"),
+    banned ? action("Unban", `Unban ${user}`, "May log in again.", "POST", "unban")
+      : action("Ban", `Ban ${user}`, "Out until somebody lifts the ban.", "POST", "ban"),
+    ...(!may("admin") ? [] : [
+      ...Object.keys(RIGHTS).filter((one) => one !== role).map((one) => action(`Make ${one}`,
+        `Make ${user} ${article(one)}`, RIGHTS[one], "PUT", "role", {role: one})),
+      button("New password", () => askPasswords(title, "All log-ins of theirs end.",
+        {"New password": "new-password"}, title,
+        (password) => change(title, "PUT", "password", {new: password}, '{"new":"…"}')))])];
 };
 const showPerson = async (user, anchor) => {
   const show = (role, banned) => {
     const where = banned ? "banned" : isOnline(user) ? "online" : "away";
-    $("person").replaceChildren(make("div.row", avatar(user), make("p", make("b", user), make("br"),
-      make("span.small.dim", `${role}, ${where}`))), button("Message",
-      () => { $("person").hidePopover(); openRoom(privateWith(user)); }),
-    ...actionsOn(user, role, banned).map(actionRow(user)));
+    $("person").replaceChildren(make("div.row", avatar(user), make("p", make("b", user),
+      make("br"), make("span.small.dim", `${role}, ${where}`))),
+    button("Message", () => { $("person").hidePopover(); openRoom(privateWith(user)); }),
+    ...actionsOn(user, role, banned));
     float(put($("person"), {ariaLabel: user}), anchor);
   };
   show(personOf(user).role, false);
-  const found = may("moderator", "admin") && await attempt("GET",
-    `users?q=${encodeURIComponent(user)}`);
-  const one = found && found.find(({username}) => username === user);
+  if (!may("moderator", "admin")) return;
+  const found = await attempt("GET", `users?q=${encodeURIComponent(user)}`) ?? [];
+  const one = found.find(({username}) => username === user);
   if (one && $("person").ariaLabel === user) show(personOf(user).role = one.role, one.banned);
 };
 // More rooms, by twenty, and people who are away: by how their names begin.
@@ -3521,35 +3497,71 @@ const openFinder = (kind, anchor) => {
   say("finderLabel", kind === "rooms" ? "Find or make a room" : "Find a person");
   float($("finder"), anchor); $("finderText").focus(); lookUp();
 };
+const foundRow = (text, aside, action) => make("li",
+  button(text, () => { $("finder").hidePopover(); action(); }), make("span.small.dim", aside));
+const foundPerson = ({username, role, banned}) => foundRow(username, banned ? "banned" : role,
+  () => showPerson(username, $("morePeople")));
+const foundRoom = ({room, online}) => foundRow(`# ${room}`, online ? `${online} here` : "",
+  () => openRoom(room));
 const lookUp = async (before = null) => {
   const q = $("finderText").value.trim(), kind = finding, isRooms = kind === "rooms";
-  const query = {...(q && {q}), ...(isRooms && {limit: 20}), ...(before !== null && {before})};
-  const answer = await attempt("GET", `${kind}?${new URLSearchParams(query)}`) ?? [];
+  const query = new URLSearchParams({...(q && {q}), ...(isRooms && {limit: 20}),
+    ...(before !== null && {before})});
+  const answer = await attempt("GET", `${kind}?${query}`) ?? [];
   if (kind !== finding || q !== $("finderText").value.trim()) return;
-  const row = (text, aside, action) => make("li",
-    button(make("span.cut", text), () => { $("finder").hidePopover(); action(); }),
-    make("span.small.dim", aside));
-  const rows = answer.filter(({room = ""}) => !room.startsWith("@")).map(isRooms
-    ? ({room, online}) => row(`# ${room}`, online ? `${online} here` : "", () => openRoom(room))
-    : ({username, role, banned}) => row(username, banned ? "banned" : role,
-      () => showPerson(username, $("morePeople"))));
+  const rows = isRooms ? answer.filter(({room}) => !room.startsWith("@")).map(foundRoom)
+    : answer.map(foundPerson);
   if (isRooms && answer.length === 20) {
-    rows.push(make("li", button("More", ({target}) => { target.remove();
-      lookUp(answer.at(-1).last_id); })));
+    const more = button("More", () => { more.remove(); lookUp(answer.at(-1).last_id); });
+    rows.push(make("li", more));
   } else if (isRooms && q && !answer.some(({room}) => room === keyOf(q))) {
-    rows.push(row(`Make # ${q}`, "", () => openRoom(q)));
+    rows.push(foundRow(`Make # ${q}`, "", () => openRoom(q)));
   }
-  $("found").replaceChildren(...(before === null ? [] : $("found").children), ...rows);
+  if (before === null) $("found").replaceChildren();
+  $("found").append(...rows);
   say("foundNothing", rows.length ? "" : "No name begins so.");
 };
+// A dialog with one field for each of `labels`, by what a browser may fill in.
+const askPasswords = (title, why, labels, yes, action, no = "Cancel", refuse = () => {}) => {
+  const problem = make("p.problem", {role: "alert"});
+  const fields = Object.values(labels).map((autocomplete) =>
+    make("input", {type: "password", autocomplete}));
+  const close = () => $("dialog").close();
+  const form = make("form", make("div", make("h2", {id: "dialogTitle"}, title),
+    make("p.small.dim", why)),
+  ...Object.keys(labels).map((label, index) => make("label", label, fields[index])), problem,
+  make("p.row", make("button.main.grow", yes),
+    button(no, () => { close(); refuse(); }, ".quiet")));
+  onSubmit(form, problem, async () => {
+    await action(...fields.map(({value}) => value)); close();
+  });
+  $("dialog").replaceChildren(form);
+  if (!$("dialog").open) $("dialog").showModal();
+};
+const askAgain = () => askPasswords(`Your log-in has ended, ${state.me}`,
+  `${state.why}. What you typed is kept.`, {Password: "current-password"}, "Log in again",
+  async (password) => {
+    const {me: username, login: {stay}} = state;
+    enter((await api("POST", "login", {username, password, stay})).access_token, stay);
+  }, "Log out", logOut);
+const changePassword = () => askPasswords("Change password",
+  "Every other log-in of yours ends. The tabs of this browser go on.",
+  {"Password now": "current-password", "New password": "new-password"}, "Change",
+  async (old, fresh) => {
+    const {access_token: token} = await api("PUT", "me/password", {old, new: fresh},
+      '{"old":"…","new":"…"}');
+    enter(token, state.login.stay);
+    for (const news of [state.login, null]) keep("news", news);  // the other tabs hear of it
+    note("The password is changed.");
+  });
 
 // -- The wire explains: what each entry is ------------------------------------------------------
-
+const detailOf = ({text}) => parsed(text)?.detail;
 const REQUESTS = [  // by first line and status, the first that fits; else the route's own sentence
   [/^POST \/login 200/, () => "The password goes up as JSON, a signed token comes back."],
-  [/ 401$/, ({text}) => `${parsed(text)?.detail ?? "Unauthorized"}. It wants a valid token.`],
+  [/ 401$/, (entry) => `${detailOf(entry) ?? "Unauthorized"}. It wants a valid token.`],
   [/ 422$/, () => "Well formed, not valid. The answer names the field."],
-  [/ 4\d\d$/, ({text}) => `Refused: ${parsed(text)?.detail ?? "the answer says what to change"}.`],
+  [/ 4\d\d$/, (entry) => `Refused: ${detailOf(entry) ?? "the answer says what to change"}.`],
   [/ 5\d\d$/, () => "The server's fault: try again."],
   [/ -1$/, () => "No answer came: no server, or no network."],
   [/ 0$/, () => "Waiting for the answer."],
@@ -3567,9 +3579,10 @@ const EVENTS = {
   leave: ({room}) => `No more of ${room} on this socket, please.`,
   join: ({room, after}) =>
     `One more room on this socket: ${room}${after ? `, from id ${after} on` : ""}.`,
-  history: ({before, messages}, out) => out
-    ? `Scrolling up: please the messages before id ${before}.`
-    : `The last ${plural(messages.length, "message")}, in one frame.`,
+  history: ({room, before, messages}, out) => !out
+    ? `The last ${plural(messages.length, "message")}, in one frame.`
+    : before ? `Scrolling up: please the messages before id ${before}.`
+      : `What is new in ${room}, please, without following it?`,
   typing: ({user}, out) => out ? "You are typing: told at most every 3 s, never stored."
     : `${user} is typing: announced to the room, never stored.`,
   message: ({id, user, room}, out, bytes) => out
@@ -3582,7 +3595,7 @@ const CLOSES = {1000: "closed on purpose. Both sides agree, nothing is lost.",
   1005: "closed without a code. Both sides agree, nothing is lost.",
   1006: "no closing frame; the line broke, or the door was shut before 101.",
   1008: "not allowed any more. The reason given: ",
-    1009: "your frame was larger than the server takes.",
+  1009: "your frame was larger than the server takes.",
   1012: "the server restarts. It is tried again.",
   1013: "you read too slowly, or it is busy. It is tried again."};
 const SOCKETS = {  // the lessons' sockets: chapter, what goes up, what comes back
@@ -3593,8 +3606,8 @@ const SOCKETS = {  // the lessons' sockets: chapter, what goes up, what comes ba
   "/ws/inspect": [3, "It tells what it sees.",
     "What the server saw: first the handshake, then each frame."],
   "/ws/protected": [7, "It knows who says this.", "The token told it who you are."],
-  "/ws/chat": [10, "", ""], "/ws/{session_id}": [4, "To all in the session.",
-    "All in the session get this."],
+  "/ws/chat": [10, "", ""],
+  "/ws/{session_id}": [4, "To all in the session.", "All in the session get this."],
 };
 const lessonOf = (path) => SOCKETS[path] ?? SOCKETS["/ws/{session_id}"];
 // The operation of /openapi.json that answers; its tag names the chapter of app.py.
@@ -3616,43 +3629,38 @@ const learnOperations = async () => {
     const pattern = new RegExp(`^${path.replace(/\{[^}]+\}/g, "[^/]+")}${end}`);
     return Object.entries(methods).map(([method, {tags: [tag = ""] = [], description = ""}]) =>
       ({method: method.toUpperCase(), path, pattern, tag,
-        about: description.split(/[.;](\s|$)/)[0]}));
+        about: description.split(/[.;](\s|$)/)[0].replaceAll("`", "")}));
   });
   showForm();
 };
-const sentenceOf = (entry) => {
-  const {kind, way, types, texts, bytes, status, picked, code, reason, title, path} = entry;
-  if (kind === "http") {
-    const known = REQUESTS.find(([is]) => is.test(`${title} ${status}`))?.[1](entry);
-    const operation = operationOf(entry.method, path), [chapter] = chapterOf(operation).split(",");
-    const what = operation?.about ? `: ${operation.about.replaceAll("`", "")}.`
-      : ` with ${plural(bytes ?? 0, "byte")}.`;
-    return known ?? `${chapter[0].toUpperCase()}${chapter.slice(1)} answers${what}`;
-  }
-  if (kind === "open") return status ? `101: the connection stops being HTTP here.${
-    picked ? ` Subprotocol ${picked} was picked.` : ""}`
-    : "A GET that asks to become a socket: Upgrade, a key, perhaps subprotocols.";
-  if (kind === "close")
-    return `${code}: ${CLOSES[code] ?? "closed."}${code === 1008 ? `${reason}.` : ""}`;
-  const said = types.length ? parsed(texts.at(-1).split("\n").at(-1)) : {};
-  const more = types.length > 1 ? `${types.length} events, one frame. ` : "";
-  if (EVENTS[said?.type]) return more + EVENTS[said.type](said, way === "out", bytes);
-  const [, up, back] = lessonOf(entry.socket.entry?.path.split("?")[0]);
-  return way === "out" ? `${plural(bytes, "byte")} of text. ${up}` : back;
+const SENTENCES = {
+  http: (entry) => {
+    const {method, path, title, status, bytes = 0} = entry, operation = operationOf(method, path);
+    const chapter = chapterOf(operation).split(",")[0].replace(/^./, (one) => one.toUpperCase());
+    return REQUESTS.find(([is]) => is.test(`${title} ${status}`))?.[1](entry)
+      ?? `${chapter} answers${operation?.about ? `: ${operation.about}.`
+        : ` with ${plural(bytes, "byte")}.`}`;
+  },
+  open: ({status, picked}) =>
+    !status ? "A GET that asks to become a socket: Upgrade, a key, perhaps subprotocols."
+      : "101: the connection stops being HTTP here."
+        + (picked ? ` Subprotocol ${picked} was picked.` : ""),
+  close: ({code, reason}) =>
+    `${code}: ${CLOSES[code] ?? "closed."}${code === 1008 ? `${reason}.` : ""}`,
+  frame: ({way, types, texts, bytes, socket}) => {
+    const said = parsed(texts.at(-1).split("\n").at(-1)), isOut = way === "out";
+    const more = types.length > 1 ? `${types.length} events, one frame. ` : "";
+    if (types.length && EVENTS[said?.type]) return more + EVENTS[said.type](said, isOut, bytes);
+    const [, up, back] = lessonOf(socket.entry.path.split("?")[0]);
+    return isOut ? `${plural(bytes, "byte")} of text. ${up}` : back;
+  },
 };
+const sentenceOf = (entry) => SENTENCES[entry.kind](entry);
 
 // -- Drawing the wire --------------------------------------------------------------------------
-
-// A value as JSON, in which what fits on a line is on one; keys, strings and numbers stand out.
-const pretty = (value, indent = "") => {
-  const line = JSON.stringify(value, null, 1).replace(/([[{])\n\s*/g, "$1")
-    .replace(/\n\s*([\]}])/g, "$1").replace(/\n\s*/g, " ");
-  if (line.length + indent.length < 52 || Object(value) !== value) return line;
-  const inner = `${indent}  `, [start, end] = Array.isArray(value) ? "[]" : "{}";
-  const parts = Object.entries(value).map(([key, one]) =>
-    inner + (start === "[" ? "" : `${JSON.stringify(key)}: `) + pretty(one, inner));
-  return `${start}\n${parts.join(",\n")}\n${indent}${end}`;
-};
+// A line as JSON, in which short lists are on a line; keys, strings and numbers stand out.
+const pretty = (value) => JSON.stringify(value, null, 2).replace(/[[{][^[\]{}]{0,70}[\]}]/g,
+  (list) => list.replace(/\n\s*/g, " "));
 const coloured = (line) => {
   const value = parsed(line), parts = value === undefined ? [line] : pretty(value).slice(0, 20_000)
     .split(/("(?:[^"\\]|\\.)*"(?:: )?|\b\d[\d.eE+-]*\b)/);
@@ -3665,8 +3673,7 @@ const section = (title, aside, headers = [], text = "") => make("section",
   ...(text ? [make("pre", {tabIndex: 0}, ...text.split("\n").flatMap(coloured))] : []));
 // A page can read neither what a browser adds nor a 101's headers: only if the server tells it.
 const addedTo = ({kind, seen, text, headers}) => {
-  const echo = seen ?? parsed(text ?? ""), own = new Set(headers.map(([name, value]) =>
-    `${name}: ${value}`));
+  const echo = seen ?? parsed(text), own = new Set(headers.map((pair) => pair.join(": ")));
   if (!echo?.http_version) return section("Added by the browser", "hidden from scripts",
     (kind === "open" ? ["host", "origin", "connection", "upgrade", "sec-websocket-key"]
       : ["host", "user-agent", "accept"]).map((name) => [name, "…"]));
@@ -3678,71 +3685,69 @@ const curlOf = ({kind, method, path, headers, body}) => {
   const quote = (text) => `'${text.replace(/eyJ\S*…/g, "TOKEN").replaceAll("'", "'\\''")}'`;
   const upgrade = kind === "http" ? [] : [["connection", "Upgrade"], ["upgrade", "websocket"],
     ["sec-websocket-version", "13"], ["sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="]];
-  const all = [...headers, ...upgrade].map(([name, value]) => `-H ${quote(`${name}: ${value}`)}`);
-  return [`curl -i -X ${method} ${quote(location.origin + path)}`, ...all,
+  return [`curl -i -X ${method} ${quote(location.origin + path)}`,
+    ...[...headers, ...upgrade].map((pair) => `-H ${quote(pair.join(": "))}`),
     ...(body ? [`--data-raw ${quote(body)}`] : [])].join(" \\\n  ");
 };
 const copy = (text) => navigator.clipboard?.writeText(text)
   ?? note("Without https the browser lets no page copy.", true);
+const CARDS = {  // what an opened entry shows, by its kind
+  http: (entry) => [section("Request", entry.title, entry.headers, entry.body), addedTo(entry),
+    section("Answer", entry.status > 0 ? `${entry.status} ${entry.reason}` : "none",
+      entry.answered, entry.text)],
+  open: (entry) => [section("Request", entry.title, entry.headers), addedTo(entry),
+    section("Answer", entry.status ? "101 Switching Protocols" : "none", [
+      ["sec-websocket-accept", "hidden from scripts"],
+      ["sec-websocket-protocol", entry.picked || "none"],
+      ["ping, pong", "a browser answers them itself, and tells no page"]])],
+  close: ({code, texts}) => [section("Close frame", `code ${code}`, [], texts.join("\n"))],
+  frame: ({way, bytes, texts}) => {
+    const head = (bytes < 126 ? 2 : bytes < 65_536 ? 4 : 10) + (way === "out" ? 4 : 0);
+    const size = `${bytes} B, and a head of ${head}${way === "out" ? ", 4 of it the mask" : ""}`;
+    return [section("Payload", size, [], texts.join("\n"))];
+  },
+};
 const cardOf = (entry) => {
-  const {kind, way, method, path, headers, body, texts, bytes, status, code, at, again,
-    picked} = entry;
+  const {kind, headers, at, again} = entry;
   const exact = `${at.toTimeString().slice(0, 8)}.${String(at.getMilliseconds()).padStart(3, "0")}`;
   const links = [headers && button("Copy as curl", () => copy(curlOf(entry)), ".link"),
     again && button("Send again", () => again().catch(() => {}), ".link")].filter(Boolean);
-  const card = make("div.card", make("div.row.small", ...links, make("span.grow.dim", exact)));
-  const head = (bytes < 126 ? 2 : bytes < 65_536 ? 4 : 10) + (way === "out" ? 4 : 0);
-  const size = `${bytes} B, and a head of ${head}${way === "out" ? ", 4 of it the mask" : ""}`;
-  if (kind === "close") card.append(section("Close frame", `code ${code}`, [], texts.join("\n")));
-  else if (!headers) card.append(section("Payload", size, [], texts.join("\n")));
-  else card.append(section("Request", `${method} ${path}`, headers, body), addedTo(entry),
-    kind === "http"
-    ? section("Answer", status > 0 ? `${status} ${entry.reason}` : "none", entry.answered,
-      entry.text)
-    : section("Answer", status ? "101 Switching Protocols" : "none", [
-      ["sec-websocket-accept", "hidden from scripts"], ["sec-websocket-protocol", picked || "none"],
-      ["ping, pong", "a browser answers them itself, and tells no page"]]));
-  return card;
+  return make("div.card", make("div.row.small", ...links, make("span.grow.dim", exact)),
+    ...CARDS[kind](entry));
 };
 const chipOf = ({kind, status, code, count, event}) => {
-  if (kind === "open") return [status || "…", status ? "switch" : ""];
-  if (kind === "close") return [code, [1006, 1008, 1009].includes(code) ? "bad" : code === 1013
-    ? "warn" : ""];
-  if (kind === "frame") return event?.type === "error" ? [event.code, "warn"] : [count > 1
-    ? `× ${count}` : "", ""];
-  return [status < 0 ? "failed" : status || "…",
-    status < 0 || status > 499 ? "bad" : status > 299 ? "warn" : status ? "good" : ""];
+  if (kind === "open") return status ? [status, "switch"] : ["…", ""];
+  if (kind === "close")
+    return [code, [1006, 1008, 1009].includes(code) ? "bad" : code === 1013 ? "warn" : ""];
+  if (kind === "frame") return event?.type === "error" ? [event.code, "warn"]
+    : [count > 1 ? `× ${count}` : "", ""];
+  if (status < 1) return status ? ["failed", "bad"] : ["…", ""];
+  return [status, status > 499 ? "bad" : status > 299 ? "warn" : "good"];
 };
+const previewOf = ({kind, event, types, texts}) => kind !== "frame" ? ""
+  : types.length ? event?.text?.slice(0, 80) ?? event?.user ?? "" : texts.at(-1).slice(0, 80);
 const wireRow = keyed((entry) => {
-  const {kind, way = "", lane, through = []} = entry, isSocket = kind === "frame"
-    || kind === "close";
-  const isOpened = entry.socket?.entry.status !== 0;  // else the door was shut before 101
-  const chip = make("span"), preview = make("span.preview.cut"), ms = make("span.number.ms");
-  const bytes = make("span.number"), sentence = make("span.sentence");
-  const details = make("details", make("summary", make("span.head", make("span.unseen",
-    {in: "received: ", out: "sent: "}[way] ?? ""), make("b.cut", entry.title), chip, preview, ms,
-      bytes,
-  make("span.turn")), sentence));
-  const node = isSocket ? make("span", {className: classes("node frame", kind === "close"
-    && "square",
-    chipOf(entry)[1])}, icon(way)) : make("span.node.ring");
-  const item = make("li", {className: classes("entry", way, lane === 1 && "second")},
+  const {kind, title, way = "", lane, through = [], socket} = entry, isClose = kind === "close";
+  const isOpened = way && socket?.entry.status !== 0;  // else the door was shut before 101
+  const summary = make("summary"), details = make("details", summary);
+  const node = !way ? make("span.node.ring")
+    : make(`span.node.frame${isClose ? ".square" : ""}.${chipOf(entry)[1]}`, icon(way));
+  const item = make("li", {entry, className: classes("entry", way, lane === 1 && "second")},
     ...through.map((one) => make(one ? "span.pass.second" : "span.pass")),
-    ...(isSocket && isOpened ? [make(`span.pass.own${kind === "close" ? ".last" : ""}`)] : []),
-    node, details);
+    ...(isOpened ? [make(`span.pass.own${isClose ? ".last" : ""}`)] : []), node, details);
+  const number = (value, unit, kind = "") => make(`span.number${kind}`,
+    value === undefined ? "" : `${Math.round(value).toLocaleString()} ${unit}`);
   let version = "";
-  return [Object.assign(item, {entry}), () => {
-    const {texts, types, event, opened = false, status} = entry, [text, colour] = chipOf(entry);
-    put(chip, {textContent: text, className: `chip ${colour}`, hidden: !text});
-    put(preview, {textContent: kind !== "frame" ? "" : types.length ? event?.text?.slice(0, 80)
-      ?? event?.user ?? "" : texts.at(-1).slice(0, 80)});
-    put(ms, {textContent: entry.ms === undefined ? "" : `${Math.round(entry.ms)} ms`});
-    put(bytes, {textContent: entry.bytes === undefined ? "" : `${entry.bytes.toLocaleString()} B`});
-    put(sentence, {textContent: sentenceOf(entry)});
-    if (kind === "open" && status
-      && !item.querySelector(".curve")) item.prepend(make("span.curve"));
-    if (version === (version = [opened, status, entry.count, !entry.seen].join())) return;
-    put(details, {open: opened}); details.querySelector(".card")?.remove();
+  return [item, () => {
+    const {opened = false, status, count, seen, ms, bytes} = entry, [text, colour] = chipOf(entry);
+    const sentence = sentenceOf(entry);
+    refill(summary, [text, ms, bytes, sentence], () => [make("span.head",
+      make("span.unseen", {in: "received: ", out: "sent: "}[way] ?? ""), make("b.cut", title),
+      make(`span.chip.${colour}`, {hidden: text === ""}, text),
+      make("span.preview.cut", previewOf(entry)), number(ms, "ms", ".ms"), number(bytes, "B"),
+      make("span.turn")), make("span.sentence", sentence)]);
+    if (version === (version = [opened, status, count, !seen].join())) return;
+    details.open = opened; details.querySelector(".card")?.remove();
     if (opened) details.append(cardOf(entry));
   }];
 });
@@ -3750,17 +3755,17 @@ const isExplaining = () => $("explain").ariaPressed === "true";
 const drawWire = () => {
   const wanted = $("filter").value.toLowerCase(), {entries, pausedAt} = state;
   const until = entries.filter(({at}) => !pausedAt || at <= pausedAt);
-  const rows = until.filter((entry) => [entry.title, entry.status, entry.text, entry.body,
+  const found = until.filter((entry) => [entry.title, entry.status, entry.text, entry.body,
     sentenceOf(entry), ...entry.texts ?? []].join(" ").toLowerCase().includes(wanted));
-  arrange($("list"), rows.map((entry) => wireRow(entry)));
-  put($("list"), {className: classes(rows.some(({lane}) => lane === 1) && "wide", !isExplaining()
-    && "bare")});
+  arrange($("list"), found.map((entry) => wireRow(entry)));
+  $("list").className = classes(found.some(({lane}) => lane === 1) && "wide",
+    !isExplaining() && "bare");
   say("pause", pausedAt ? `Paused, ${entries.length - until.length}` : "Pause");
   say("chapter", `Answered by ${chapterOf(operationOf($("method").value, $("path").value))}`);
 };
 // Opens or closes an entry. Its title stays where it is, and so does what is open, whatever comes.
 const openEntry = (event) => {
-  const row = event.target.closest("summary") && event.target.closest("li");
+  const row = event.target.closest("summary")?.closest("li");
   if (!row) return;
   event.preventDefault();
   const scroller = event.currentTarget, before = topOf(row);
@@ -3770,7 +3775,6 @@ const openEntry = (event) => {
 };
 
 // -- What people do ----------------------------------------------------------------------------
-
 const LONGEST = 4_000;  // characters of a message
 const HELP = `/msg bob hi     says hi to bob alone
 /join tea       opens a room
@@ -3779,61 +3783,46 @@ const HELP = `/msg bob hi     says hi to bob alone
 //word          says "/word"`;
 // What a form does: one thing at a time; what goes wrong is told in `problem`.
 let isBusy = false;
-const onSubmit = (form, problem, action) => on(form, "submit", async (event) => {
+const onSubmit = (form, problem, action) => form.addEventListener("submit", async (event) => {
   event.preventDefault();
   if (isBusy) return;
-  isBusy = true; say(problem, "");
-  try { await action(event); } catch (error) { say(problem, error.message); }
+  isBusy = true; problem.textContent = "";
+  try { await action(event); } catch (error) { problem.textContent = error.message; }
   isBusy = false;
 });
 const enter = (token, stay) => {
   takeLogIn(token, stay); state.problem = $("password").value = ""; connect();
 };
-onSubmit("credentials", "problem", async ({submitter}) => {
+onSubmit($("credentials"), $("problem"), async ({submitter}) => {
+  const fields = {username: $("username"), password: $("password")}, stay = $("stay").checked;
   const credentials = {username: $("username").value, password: $("password").value};
-  const stay = $("stay").checked;
-  for (const field of ["username", "password"]) {
-    say(`${field}Problem`, ""); put($(field), {ariaInvalid: "false"});
-  }
+  const tell = (name, words) => {
+    say(`${name}Problem`, words); fields[name].ariaInvalid = String(words !== "");
+  };
+  for (const name in fields) tell(name, "");
   try {
     if (submitter?.value === "register") await api("POST", "register", credentials);
     enter((await api("POST", "login", {...credentials, stay})).access_token, stay);
   } catch (error) {
-    const field = error.field ?? {401: "password", 409: "username"}[error.status];
-    if (!$(`${field}Problem`)) throw error;
-    say(`${field}Problem`, error.message); put($(field), {ariaInvalid: "true"}).focus();
+    const name = error.field ?? {401: "password", 409: "username"}[error.status];
+    if (!(name in fields)) throw error;
+    tell(name, error.message); fields[name].focus();
   }
 });
-onSubmit("pasted", "problem", () => enter($("token").value.trim(), false));
-onSubmit("againForm", "againProblem", async () => {
-  const {me: username, login: {stay}} = state, password = $("againPassword").value;
-  const {access_token: token} = await api("POST", "login", {username, password, stay});
-  $("againForm").reset(); enter(token, stay);
-});
-onSubmit("passwordForm", "changeProblem", async () => {
-  const both = {old: $("old").value, new: $("new").value};
-  const {access_token: token} = await api("PUT", "me/password", both, '{"old":"…","new":"…"}');
-  $("passwords").close(); enter(token, state.login.stay);
-  for (const news of [state.login, null]) keep("news", news);  // the other tabs hear of it
-  note("The password is changed.");
-});
+onSubmit($("pasted"), $("problem"), () => enter($("token").value.trim(), false));
 const logOut = async () => {
   await attempt("POST", "logout");
   if (state.login) refuse("Logged out");  // also when the server cannot be asked
 };
 on("logOut", "click", logOut);
-on("againOut", "click", logOut);
-on("passwordsOut", "click", () => $("passwords").close());
-on("changePassword", "click", () => {
-  $("myMenu").hidePopover(); $("passwordForm").reset(); $("passwords").showModal();
-});
+on("changePassword", "click", () => { $("myMenu").hidePopover(); changePassword(); });
 on("myMenu", "beforetoggle", () => {
-  const {can, isOn, why} = notifications();
-  put($("notify"), {textContent: isOn ? "Notify me no more" : "Notify me", disabled: !can});
-  say("notifyWhy", why);
+  say("notifyWhy", whyNoNotices());
+  put($("notify"), {hidden: whyNoNotices() !== "",
+    textContent: isNotified() ? "Notify me no more" : "Notify me of mentions"});
 });
 on("notify", "click", async () => {
-  const wish = !notifications().isOn && await Notification.requestPermission() === "granted";
+  const wish = !isNotified() && await Notification.requestPermission() === "granted";
   keep(`notify.${state.me}`, wish || null); $("myMenu").hidePopover();
 });
 // Searches the room that is open; `before`: what was found so far.
@@ -3854,35 +3843,36 @@ const jump = async ({id}) => {
     const items = new Map(page.messages.map((one) => [one.id, one]));
     Object.assign(room, {items, past: page.more, more: true});
   }
-  Object.assign(state, {search: null, hit: room.items.get(id)}); draw();
-  messageRow(state.hit).scrollIntoView({block: "center"}); messageRow(state.hit).focus();
+  const row = messageRow(room.items.get(id));
+  state.search = null; draw();
+  row.scrollIntoView({block: "center"}); row.focus();
 };
 const toNewest = (room) => {
   if (room.past) Object.assign(room, {joined: "no", last: null});
   join(room); $("chatLog").scrollTop = 0; render();
 };
 const toggleSearch = (open) => {
-  $("searching").hidden = !open; put($("search"), {ariaExpanded: String(open)});
+  $("searching").hidden = !open; $("search").ariaExpanded = String(open);
   if (open) $("query").focus(); else openRoom(state.current.name);
 };
 on("search", "click", () => toggleSearch($("searching").hidden));
-onSubmit("searching", "hint", () => find($("query").value.trim()));
-// Does what a line says that begins with "/". False: it is not understood.
-const command = (text) => {
-  const [, name, rest] = text.match(/^(\S+)\s*([^]*)$/), [, user,
-    words] = rest.match(/^(\S*)\s*([^]*)$/);
-  if (name === "/msg" && words) { openRoom(privateWith(user)); post(state.current, words); }
-  else if (name === "/join" && rest) openRoom(rest);
-  else if (name === "/who") note(`Here: ${[...state.current.here].sort().join(", ")}`);
-  else if (name === "/search" && rest) { toggleSearch(true); $("query").value = rest; find(rest); }
-  else if (name === "/help") note(HELP); else return false; return true;
-};
+onSubmit($("searching"), $("hint"), () => find($("query").value.trim()));
+const COMMANDS = [  // what a line may look like, and what it does
+  [/^\/msg\s+(\S+)\s+([^]+)/, (user, words) => post(openRoom(privateWith(user)), words)],
+  [/^\/join\s+([^]+)/, openRoom],
+  [/^\/who$/, () => note(`Here: ${[...state.current.here].sort().join(", ")}`)],
+  [/^\/search\s+([^]+)/, (q) => { toggleSearch(true); $("query").value = q; find(q); }],
+  [/^\/help$/, () => note(HELP)],
+  [/^\/(\/[^]*)/, (text) => post(state.current, text)],
+  [/^([^/][^]*)/, (text) => post(state.current, text)],
+];
 on("composer", "submit", (event) => {
   const text = $("messageText").value.trim(), room = state.current;
   event.preventDefault();
   if (!text || [...text].length > LONGEST) return;
-  if (!text.startsWith("/") || text.startsWith("//")) post(room, text.replace(/^\/\//, "/"));
-  else if (!command(text)) return note("Error: unknown command; /help lists them", true);
+  const [is, act] = COMMANDS.find(([is]) => is.test(text)) ?? [];
+  if (!is) return note("Error: unknown command; /help lists them", true);
+  act(...text.match(is).slice(1));
   if (state.current === room) $("messageText").value = "";
   keep(draftOf(room), null); render();
 });
@@ -3907,17 +3897,14 @@ const loadOlder = () => {
 // The tools of a message: one panel, which goes to the message that is pointed at or in focus.
 const tools = make("div.tools");
 const showTools = ({target}) => {
-  const row = target.closest?.(".message"), item = row?.item;
+  const row = target.closest(".message"), item = row?.item;
   if (!item?.id || item.gone || tools.parentNode === row) return;
-  const remove = button("Delete", () => {
-    if (remove.textContent === "Delete") remove.textContent = "Really delete?";
-    else attempt("DELETE", `${pathOf(item.room)}/${item.id}`);
-  }, ".delete");
-  remove.hidden = item.user !== state.me && !may("moderator", "admin");
-  const when = timeOf(item.at);
-  when.hidden = !item.grouped;
-  tools.replaceChildren(when, button("Copy", () => copy(item.text)),
-    button("On the wire", () => showOnWire(item)), remove);
+  const remove = () => tools.lastChild.replaceWith(button("Really delete?", () =>
+    attempt("DELETE", `${pathOf(item.room)}/${item.id}`), ".delete"));
+  const mayDelete = item.user === state.me || may("moderator", "admin");
+  tools.replaceChildren(...(item.grouped ? [timeOf(item.at)] : []),
+    button("Copy", () => copy(item.text)), button("On the wire", () => showOnWire(item)),
+    ...(mayDelete ? [button("Delete", remove, ".delete")] : []));
   row.append(tools);
 };
 for (const type of ["pointerover", "focusin"]) on("chatLog", type, showTools);
@@ -3928,29 +3915,28 @@ on("chatLog", "keydown", ({key, target}) => {  // arrows go from message to mess
 on("chatLog", "scroll", render);
 on("newest", "click", () => { toNewest(state.current); $("messageText").focus(); });
 on("leave", "click", () => leaveRoom(state.current));
-on("now", "click", () => state.connection === "logged out" ? $("again").showModal() : connect());
+on("now", "click", () => state.connection === "logged out" ? askAgain() : connect());
 on("moreRooms", "click", () => openFinder("rooms", $("moreRooms")));
 on("morePeople", "click", () => openFinder("users", $("morePeople")));
 on("finderText", "input", () => { clearTimeout(lookTimer); lookTimer = setTimeout(lookUp, 150); });
 on("finderText", "keydown", ({key}) => {
-  if (key === "Enter") $("found").querySelector("button")?.click(); });
-const addressed = () => decodeURIComponent(location.hash.slice(1));
-addEventListener("hashchange", () => {
-  if (state.me && keyOf(addressed() || "lobby") !== state.current.key) openRoom(addressed()
-    || "lobby");
+  if (key === "Enter") $("found").querySelector("button")?.click();
 });
-document.addEventListener("keydown", ({key, target}) => {
+const addressed = () => decodeURIComponent(location.hash.slice(1)) || "lobby";
+addEventListener("hashchange", () => {
+  if (state.me && keyOf(addressed()) !== state.current.key) openRoom(addressed());
+});
+addEventListener("keydown", ({key, target}) => {
   if (key === "Escape" && $("wire").contains(target)) $("closeWire").click();
   if (key === "Escape" && $("searching").contains(target)) toggleSearch(false);
 });
 
 // -- The wire's form ---------------------------------------------------------------------------
-
 const showWire = (open) => {
+  const isWhole = open && matchMedia("(max-width: 700px)").matches;  // it covers the screen
   $("wire").hidden = !open; $("app").classList.toggle("wired", open);
   $("wireButton").ariaExpanded = String(open);
-  $("room").inert = open && matchMedia("(max-width: 700px)").matches;
-  $("try").open = !$("room").inert;
+  $("room").inert = isWhole; $("try").open = !isWhole;
   if (open && !state.operations.length) learnOperations();
   render();
 };
@@ -3960,8 +3946,9 @@ on("filter", "input", render);
 on("clear", "click", () => { state.entries = []; render(); });
 const press = (button, isPressed) => { button.ariaPressed = String(isPressed); render(); };
 on("explain", "click", ({target}) => press(target, !isExplaining()));
-on("pause", "click", ({target}) =>
-  press(target, Boolean(state.pausedAt = state.pausedAt ? null : new Date())));
+on("pause", "click", ({target}) => {
+  state.pausedAt = state.pausedAt ? null : new Date(); press(target, state.pausedAt !== null);
+});
 const showEntry = (entry, block) => {
   entry.opened = true; drawWire(); wireRow(entry).scrollIntoView({block});
 };
@@ -3972,34 +3959,31 @@ const showOnWire = ({id, mid}) => {
   if (entry) showEntry(entry, "center"); else note("It is not among what the wire still shows.");
 };
 let tried = null;  // the socket that the form talks to
+const BODIES = {JSON: '{"hello": "world"}', form: "name=Ann\nname=Bob"};
 const showForm = () => {
   const isSocket = $("method").value === "WS", kind = $("kind").value;
-  put($("socketRow"), {hidden: !isSocket});
+  $("socketRow").hidden = !isSocket;
   say("go", !isSocket ? "Send" : tried ? "Close" : "Open");
-  put($("sendFrame"), {disabled: tried?.readyState !== WebSocket.OPEN});
-  put($("file"), {hidden: kind !== "file"});
-  put($("body"), {hidden: kind === "no body" || kind === "file"});
+  $("sendFrame").disabled = tried?.readyState !== WebSocket.OPEN;
+  $("file").hidden = kind !== "file"; $("body").hidden = !(kind in BODIES);
   const paths = new Set(isSocket ? Object.keys(SOCKETS) : state.operations.map(({path}) => path));
   $("paths").replaceChildren(...[...paths].map((value) => make("option", {value}))); render();
 };
-const bodies = {JSON: '{"hello": "world"}', form: "name=Ann\nname=Bob"};  // as they were typed
 on("kind", "change", ({target: {value: kind}}) => {
-  if (kind in bodies) $("body").value = bodies[kind];
+  $("body").value = BODIES[kind] ?? "";
   if (kind !== "no body" && $("method").value === "GET") $("method").value = "POST";
   showForm();
 });
-on("body", "input", ({target}) => { bodies[$("kind").value] = target.value; });
 on("fold", "click", ({target}) => {
   $("more").hidden = !$("more").hidden; target.ariaExpanded = String(!$("more").hidden);
 });
 on("method", "change", ({target}) => {
   const isSocket = target.value === "WS", path = $("path");
-  if (isSocket !== path.value.startsWith("/ws")) path.value = isSocket ? "/ws/json"
-    : "/inspect/hello?a=1&a=2";
+  if (isSocket !== path.value.startsWith("/ws"))
+    path.value = isSocket ? "/ws/json" : "/inspect/hello?a=1&a=2";
   showForm();
 });
 on("path", "input", render);
-// Lines like "name: value" or "name=value", as pairs.
 const pairs = (lines, sign) => lines.split("\n").filter((line) => line.includes(sign)).map((line) =>
   [line.slice(0, line.indexOf(sign)).trim(), line.slice(line.indexOf(sign) + 1).trim()]);
 const bodyOf = (kind, text) => {  // its content type, and itself
@@ -4008,25 +3992,24 @@ const bodyOf = (kind, text) => {  // its content type, and itself
     `${new URLSearchParams(pairs(text, "="))}`];
   const data = new FormData();
   data.append("file", $("file").files[0] ?? "");
-  return [null, kind === "file" ? data : undefined];
-     // the browser adds a file's type, with the boundary
+  return [null, kind === "file" ? data : undefined];  // the browser adds the type and boundary
 };
 const trySocket = async () => {
-  if (tried) return tried.close();
   if ($("path").value === "/ws/{session_id}") {
     $("path").value = `/ws/${(await api("POST", "create-session")).session_id}`;
   }
   const url = socketUrl($("path").value), {token} = state.login;
-  if ($("withToken").checked || url.pathname === "/ws/protected") url.searchParams.set("token",
-    token);
-  tried = openSocket(url); tried.addEventListener("open", showForm);
+  if ($("withToken").checked || url.pathname === "/ws/protected")
+    url.searchParams.set("token", token);
+  tried = openSocket(url);
+  tried.addEventListener("open", showForm);
   tried.addEventListener("close", () => { tried = null; showForm(); }); showForm();
 };
-onSubmit("form", "formProblem", async ({submitter}) => {
+onSubmit($("form"), $("formProblem"), async ({submitter}) => {
   const method = $("method").value, [type, body] = bodyOf($("kind").value, $("body").value);
-  if (method === "WS" && submitter !== $("go") && tried) return sendFrame(tried,
-    $("frameText").value);
-  if (method === "WS") return trySocket();
+  if (method === "WS" && !tried) return trySocket();
+  if (method === "WS") return submitter === $("go") ? tried.close()
+    : sendFrame(tried, $("frameText").value);
   const headers = pairs($("headers").value, ":");
   if (type) headers.unshift(["Content-Type", type]);
   if ($("withToken").checked) headers.push(["Authorization", `Bearer ${state.login.token}`]);
@@ -4035,30 +4018,25 @@ onSubmit("form", "formProblem", async ({submitter}) => {
 });
 
 // -- The start: the log-in page shows what a log-in is going to put on the wire ------------------
-
-const JSON_TYPE = [["content-type", "application/json"]], frames = [
-  ["in", {type: "welcome", user: "mira", role: "member"}, 111, 2],
-  ["in", {type: "history", room: "lobby", messages: [{id: 1040}, {id: 1041}]}, 1_397, 5],
-  ["out", {type: "message", room: "lobby", text: "大家好", mid: "k3-9f"}, 87],
-  ["in", {type: "message", id: 1042, room: "lobby", user: "sara", text: "大家好"}, 129, 9],
-  ["in", {type: "typing", room: "lobby", user: "jonas"}, 47]];
+const JSON_TYPE = [["content-type", "application/json"]], at = new Date();
 const sample = [{kind: "http", method: "POST", path: "/login", title: "POST /login", status: 200,
   reason: "OK", ms: 212, bytes: 437, headers: JSON_TYPE, answered: JSON_TYPE,
   body: '{"username":"mira","password":"…"}',
   text: '{"access_token":"eyJhbGciOi…","token_type":"bearer","expires_in":3600}'},
 {kind: "open", method: "GET", path: "/ws/chat", title: "GET /ws/chat", status: 101, ms: 4,
   picked: "lobby.v1", headers: [["sec-websocket-protocol", "lobby.v1, bearer.eyJhbGciOi…"]]},
-...frames.map(([way, event, bytes, ms]) => ({kind: "frame", way, event, bytes, ms,
-  title: event.type,
-  types: [event.type], texts: [JSON.stringify(event)]})),
+frameOf("in", '{"type":"welcome","user":"mira","role":"member"}', 2),
+frameOf("in", '{"type":"history","room":"lobby","messages":[{"id":1040},{"id":1041}]}', 5),
+frameOf("out", '{"type":"message","room":"lobby","text":"大家好","mid":"k3-9f"}'),
+frameOf("in", '{"type":"message","id":1042,"room":"lobby","user":"sara","text":"大家好"}', 9),
+frameOf("in", '{"type":"typing","room":"lobby","user":"jonas"}'),
 {kind: "close", way: "in", title: "close", code: 1000, bytes: 2, texts: ["1000"]}];
-$("sample").append(...sample.map((entry) => wireRow(Object.assign(entry, {at: new Date()}))));
+$("sample").append(...sample.map((entry) => wireRow(Object.assign(entry, {at}))));
 for (const id of ["frames", "sample"]) on(id, "click", openEntry);
 const DEMO = {user1: "password1", user2: "password2", admin: "adminpassword"};
 $("demo").hidden = !["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
-$("demo").lastElementChild.append(...Object.entries(DEMO).map(([name, password]) => button(name,
-  () => {
-  for (const [id, value] of Object.entries({username: name, password})) $(id).value = value;
+$("demo").lastElementChild.append(...Object.keys(DEMO).map((name) => button(name, () => {
+  $("username").value = name; $("password").value = DEMO[name];
   $("credentials").requestSubmit();
 }, ".quiet")));
 showForm();
