@@ -101,19 +101,10 @@ app = FastAPI(title="Lobby")
 app.state.origins = frozenset()  # further ones whose pages are welcome, by chapter 11
 SANE_ID = re.compile(r"[\w.~+/=:-]{1,128}", re.ASCII)  # of a request, which its client may give
 MAX_BACKSLASHES = 100  # of cookies: to unquote them takes Python the square (CVE-2024-7592)
-# What each code is as an HTTP status, and as the code that closes a socket: 1008 is final
-# (RFC 6455, section 7.4.1), 1013 is "try again later" (IANA's registry of close codes).
-REFUSALS = {
-    "invalid": (422, 1008),
-    "too_long": (422, 1008),
-    "unauthorized": (401, 1008),
-    "forbidden": (403, 1008),
-    "unknown": (404, 1008),
-    "unknown_room": (404, 1008),
-    "conflict": (409, 1008),
-    "rate_limited": (429, 1013),
-    "unavailable": (503, 1013),
-}
+# Why something is refused, as an HTTP status. A socket closes with 1008, which is final (RFC 6455,
+# section 7.4.1), or where it may be tried again later, with 1013 (IANA's registry of close codes).
+REFUSALS = {"invalid": 422, "too_long": 422, "unauthorized": 401, "forbidden": 403, "unknown": 404}
+REFUSALS |= {"unknown_room": 404, "conflict": 409, "rate_limited": 429, "unavailable": 503}
 
 
 class Refused(Exception):
@@ -148,8 +139,9 @@ def begin_chapter(tag: str, *statuses: int) -> None:
 
 @app.exception_handler(Refused)
 async def refused(connection: Request | WebSocket, error: Refused) -> Response | None:
-    status, code = REFUSALS[error.code]
+    status = REFUSALS[error.code]
     if isinstance(connection, WebSocket):
+        code = 1013 if status in (429, 503) else 1008
         await close_socket(connection, WebSocketException(code, str(error)))
         return None
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}  # RFC 6750, section 3
@@ -163,14 +155,6 @@ async def invalid_request(request: Request, error: RequestValidationError) -> JS
     """Say what is wrong where, without sending the input, a password perhaps, back."""
     wrong = [{key: one[key] for key in ("type", "loc", "msg")} for one in error.errors()]
     return JSONResponse({"detail": wrong}, 422)
-
-
-@app.exception_handler(405)
-async def wrong_method(request: Request, error: HTTPException) -> JSONResponse:
-    """Of several routes on a path, Starlette names one's methods; RFC 9110 (15.5.6) wants all."""
-    routes = [route for route in app.routes if route.matches(request.scope)[0].value]
-    allowed = sorted({method for route in routes for method in getattr(route, "methods", ())})
-    return JSONResponse({"detail": error.detail}, 405, {"Allow": ", ".join(allowed)})
 
 
 @app.exception_handler(WebSocketException)
@@ -224,12 +208,12 @@ class RequestContextMiddleware:
         id = given if SANE_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = id
 
+        own = [(b"x-custom-header", b"Custom Value"), (b"x-request-id", id.encode())]
+
         async def send_with_headers(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.accept"):
-                took = f"{time.perf_counter() - started:.6f}".encode()
-                own = [(b"x-custom-header", b"Custom Value"), (b"x-request-id", id.encode())]
-                added = [*own, (b"x-process-time", took)]
-                message["headers"] = [*message.get("headers", ()), *added]
+                took = (b"x-process-time", b"%.6f" % (time.perf_counter() - started))
+                message["headers"] = [*message.get("headers", ()), *own, took]
             await send(message)
 
         async def refuse(status: int, why: str) -> None:
@@ -677,8 +661,7 @@ class StartError(Exception):
     """Why Lobby cannot start, in one line that says what to change."""
 
 
-def split_origins(value: str) -> frozenset[str]:
-    return frozenset(part.strip().rstrip("/") for part in value.split(",") if part.strip())
+Origins = Annotated[frozenset[str], BeforeValidator(lambda s: re.findall(r"[^\s,]*[^\s,/]", s))]
 
 
 class Settings(BaseModel, alias_generator=lambda f: f"CHAT_{f.upper()}", populate_by_name=True):
@@ -689,7 +672,7 @@ class Settings(BaseModel, alias_generator=lambda f: f"CHAT_{f.upper()}", populat
     token_minutes: float = Field(60, gt=0, le=525_600)
     login_days: float = Field(30, gt=0, le=3_650)  # how long a log-in can be renewed
     register_: bool = Field(True, alias="CHAT_REGISTER")  # False: only an admin makes new people
-    origins: Annotated[frozenset[str], BeforeValidator(split_origins)] = frozenset()
+    origins: Origins = frozenset()  # separated by commas
     demo_users: bool = True
     rate: float = Field(10, ge=0, allow_inf_nan=False)  # messages a second; 0: no limit
     sockets_per_user: int = Field(20, ge=0)  # 0: no limit
@@ -710,7 +693,6 @@ class Settings(BaseModel, alias_generator=lambda f: f"CHAT_{f.upper()}", populat
 # 6. Storage ===========================================================================
 # Reading is a function call: an index answers within microseconds, so `query` runs in the event
 # loop, on a connection that only reads; and nothing comes between two readings without `await`.
-#
 # Changing waits for the disk (fsync), for milliseconds however many rows it writes. So one thread
 # applies changes, many in a transaction, and refuses what may not be there, where nothing comes
 # between the question and the change. A route says `await app.state.change({"type": ...})`, and is
@@ -756,6 +738,7 @@ SEARCHED = 100  # messages that a search reads between two turns of the loop
 Event = dict[str, Any]  # and a change, which becomes one
 Change = Callable[[Event], Awaitable[Event]]  # posts a change, see chapter 9
 ASIDE = ("by", "old", "password")  # what a change needs, and its event does not tell
+NEED_NO_ROW = ("kick", "joined", "left", "typing", "renewed", "stop")  # so a full disk stops none
 
 
 def size_of(event: Event) -> float:
@@ -851,11 +834,11 @@ class Storage:
         page: Event = {"type": "history", "room": room, "messages": messages}
         return page | {"more": len(rows) > limit, "complete": True}
 
-    async def search(self, q: str, room: str, limit: int, before: int, after: int | None) -> Event:
+    async def find(self, me: str, q: str, room: str, limit: int, before: int, after: Any) -> Event:
         """Like ``page``, of messages that have ``q``: in pieces, as an index would slow storing."""
         found: list[Event] = []
         more = True
-        async with self.searching:
+        async with self.searchers[me], self.searching:  # who has many waits for themselves
             while more and len(found) <= limit:
                 await asyncio.sleep(0)
                 page = self.page(room, SEARCHED, before, after)
@@ -878,36 +861,23 @@ class Storage:
             return None
         return [page, *({"type": "deleted", "room": room, "id": id} for (id,) in deleted)]
 
-    def rooms(self, person: str, limit: int, before: int = MAX_ID) -> list[Any]:
-        """Names and newest ids of conversations or, for "", everybody's rooms, the newest first."""
-        sql = "SELECT room, last_id FROM rooms WHERE person = ? AND last_id < ?"
-        return self.query(f"{sql} ORDER BY last_id DESC LIMIT ?", person, before, limit)
-
-    async def find_rooms(self, start: str, person: str, limit: int, before: int) -> list[Any]:
-        """Like ``rooms``, of those whose names begin so: few by their names, many along the ids."""
-        if not start:
-            return self.rooms(person, limit, before)
-        sql = "SELECT room, last_id FROM rooms WHERE person = ? AND room BETWEEN ? AND ? LIMIT 1001"
-        found = self.query(sql, person, start, start + LAST)
-        if len(found) <= 1_000:
-            found = [row for row in found if row["last_id"] < before]
-            return sorted(found, key=itemgetter("last_id"), reverse=True)[:limit]
-        found = []
-        async with self.searching:
-            while before and len(found) < limit:
-                await asyncio.sleep(0)
-                piece = self.rooms(person, 1_000, before)
-                found += [row for row in piece if row["room"].startswith(start)]
-                before = piece[-1]["last_id"] if piece else 0
-        return found[:limit]
+    def rooms(self, person: str, limit: int, before: int = MAX_ID, start: str = "") -> list[Any]:
+        """Names and newest ids, the newest first; person "": the rooms that are everybody's."""
+        sql = "SELECT room, last_id FROM rooms WHERE person = ? AND room BETWEEN ? AND ?"
+        named = (person, start, f"{start}{LAST}")
+        found = self.query(f"{sql} LIMIT 1001", *named)
+        if len(found) > 1_000:  # so many that the newest are met soon along the ids
+            sql += " AND last_id < ? ORDER BY last_id DESC LIMIT ?"
+            return self.query(sql, *named, before, limit)
+        found = [row for row in found if row["last_id"] < before]
+        return sorted(found, key=itemgetter("last_id"), reverse=True)[:limit]
 
     def is_written(self, room: str) -> bool:
         return bool(self.query("SELECT 1 FROM messages WHERE room = ? LIMIT 1", room))
 
     def apply(self, changes: Sequence[Event]) -> list[Event | Refused]:
-        """Make changes, in order, in one durable transaction; answer what became of each. It runs
-        in the database thread, and knows no clock, no chance and no settings: the same changes
-        make the same database. If the transaction fails, what needs a row is refused."""
+        """Make changes in one durable transaction, and answer what became of each. With no clock,
+        chance or settings in here, the same changes always make the same database."""
         only_messages = all(change["type"] == "message" for change in changes)
         outcomes: list[Event | Refused] = []
         try:
@@ -917,14 +887,13 @@ class Storage:
                 for kind, same in itertools.groupby(changes, itemgetter("type")):
                     run = list(same)
                     outcomes += self._store(run) if kind == "message" else map(self._try, run)
-            self.is_failing = False
+            self.is_failing &= all(change["type"] in NEED_NO_ROW for change in changes)
             return outcomes
         except Exception:
             refusal = self._failed("in changing")
             if len(changes) == 1:
                 return [refusal]
-            # A kick needs no row, so it is tried once more, alone.
-            return [self.apply([c])[0] if c["type"] == "kick" else refusal for c in changes]
+            return [self.apply([c])[0] if c["type"] in NEED_NO_ROW else refusal for c in changes]
 
     def _store(self, messages: Sequence[Event]) -> list[Event | Refused]:
         """Store messages by one statement, since each gives up Python's interpreter lock."""
@@ -956,10 +925,10 @@ class Storage:
             return self._failed(f"in changing: {change['type']}")
 
     def _make(self, change: Event) -> None:
-        """Make a change that is no message; its fields are the statements' parameters."""
+        """Make a change that is no message, if it needs a row; its fields are the parameters."""
         run = self.writer.execute
-        sql = "SELECT role FROM people WHERE name = ? AND NOT banned"
-        asking = self._value(sql, (change.get("by"),)) or "member"  # who is banned has no role left
+        sql = "SELECT role FROM people WHERE name = ? AND NOT banned"  # or they have no role left
+        asking = ("by" in change and self._value(sql, (change["by"],))) or "member"
         match change["type"]:
             case "register":
                 is_first = not self._value("SELECT 1 FROM people")  # somebody has to be the admin
@@ -992,7 +961,11 @@ class Storage:
                 is_same = self.path.exists() and os.path.samestat(self.opened, self.path.stat())
                 must(is_same, "unavailable", "The database's file was moved or deleted")
             case "deleted":
-                self._check_author(change, asking)
+                sql = "SELECT user FROM messages WHERE id = :id AND room = :room"
+                author = self._value(f"{sql} AND deleted IS NULL", change)
+                must(author, "unknown", "There is no such message in this room")
+                may = author == change["by"] or asking != "member"
+                must(may, "forbidden", "Only its author or a moderator may delete a message")
                 newest = "(SELECT max(id) FROM messages)"
                 run(f"UPDATE messages SET text = '', deleted = {newest} WHERE id = :id", change)
             case "role" | "kick" | "ban" | "unban" as kind:
@@ -1005,13 +978,6 @@ class Storage:
     def _value(self, sql: str, fields: Any = ()) -> Any:
         row = self.writer.execute(sql, fields).fetchone()
         return row and row[0]
-
-    def _check_author(self, change: Event, asking: str) -> None:
-        sql = "SELECT user FROM messages WHERE id = :id AND room = :room AND deleted IS NULL"
-        author = self._value(sql, change)
-        must(author, "unknown", "There is no such message in this room")
-        may = author == change["by"] or asking != "member"
-        must(may, "forbidden", "Only its author or a moderator may delete a message")
 
     def _check_role(self, change: Event, asking: str, needed: str) -> None:
         """Moderators act on members, admins on everybody; and one admin always stays."""
@@ -1063,10 +1029,10 @@ def clean_name(name: str) -> str:
     name = normalize("NFKC", name)
     start = name[: MAX_NAME + 1]  # enough to see that it is too long
     kinds = "".join("_" if c in "_-" else unicodedata.category(c)[0] for c in start)
-    if not re.fullmatch(r"[LN_][LMN_]{0,31}", kinds) or re.search(INVISIBLE, name):
-        raise PydanticCustomError("bad_name", "1 to 32 letters, digits, '_' or '-' are a name")
-    if name.casefold() in ("error", "here"):
-        raise PydanticCustomError("bad_name", "The plain text chat speaks in this name itself")
+    is_name = re.fullmatch(r"[LN_][LMN_]{0,31}", kinds) and not re.search(INVISIBLE, name)
+    if not is_name or name.casefold() in ("error", "here"):  # as whom the plain text chat speaks
+        words = "1 to 32 letters, digits, '_' or '-' are a name; 'error' and 'here' are taken"
+        raise PydanticCustomError("bad_name", words)
     return name
 
 
@@ -1133,9 +1099,8 @@ class Logins:
     async def register(self, name: str, password: str, is_local: bool, by: str | None) -> Event:
         """A new person; once that is closed, made ``by`` an admin."""
         stored = await self.in_thread(hash_password, password)
-        person = {"user": name, "folded": fold(name), "password": stored, "by": by}
-        may = {"is_local": is_local, "is_open": self.is_open}
-        return await self.change({"type": "register", **person, **may})
+        change = {"type": "register", "user": name, "folded": fold(name), "password": stored}
+        return await self.change(change | {"by": by, "is_local": is_local, "is_open": self.is_open})
 
     async def check(self, username: str, password: str) -> Any:
         """The person whose password this is, or None. An unknown name takes as long as a known."""
@@ -1232,7 +1197,6 @@ class Connection:
 
     def __init__(self, websocket: WebSocket, me: Bearer) -> None:
         self.websocket, self.me = websocket, me
-        self.connections: set[Connection] = app.state.connections  # all that are open
         self.ended_by: tuple[str, str] | None = None  # code and reason
         self.deadline = asyncio.timeout(me.ends - time.time())
 
@@ -1242,17 +1206,17 @@ class Connection:
 
     def live_until(self, ends: float) -> bool:
         """Move the end to this time, in seconds since 1970, unless it has come already."""
-        is_open = self in self.connections and not self.deadline.expired()
+        is_open = self in app.state.connections and not self.deadline.expired()
         if may := is_open and self.ended_by is None:
             self.deadline.reschedule(asyncio.get_running_loop().time() + ends - time.time())
         return may
 
     async def __aenter__(self) -> None:
         await self.deadline.__aenter__()
-        self.connections.add(self)
+        app.state.connections.add(self)  # to all that are open
 
     async def __aexit__(self, *error: Any) -> None:
-        self.connections.discard(self)
+        app.state.connections.discard(self)
         try:
             await self.deadline.__aexit__(*error)
         except TimeoutError:
@@ -1410,22 +1374,15 @@ async def unban(username: Username, me: Me) -> dict[str, Any]:
 # must not be interrupted is a plain function without `await`.
 
 MAX_BATCH = 250  # changes in one transaction; well below WINDOW, or batches outrun readers
-RUSH = 20  # changes; after a batch of more, the next one waits for others
-GATHER_SECONDS = 0.003  # how long it does
+GATHER_SECONDS = 0.003  # how long, after a batch of over 20, the next one waits for others
 MAX_PENDING = 10_000  # changes that may wait for the disk before new messages are refused
 MAX_FRAME = 256 * KIB  # bytes after which a frame takes no further batch; one answer may be more
 MAX_OUTBOX = 8 * MIB  # bytes that may wait for one client alone; a resume's fit
 MAX_ROOMS = 100  # rooms that one client may follow
-NOTICES = ("joined", "left", "typing", "renewed", "stop")  # these need no database
 
 # The changes that end sockets, of a person or, where they name a ``sid``, of a log-in.
-ENDS_SOCKETS = {
-    "kick": "Kicked",
-    "ban": "Banned",
-    "logout": "Unauthorized: Logged out",
-    "password": "Unauthorized: Password changed",
-}
-TOO_SLOW = ("unavailable", "Too slow")
+ENDS_SOCKETS = {"kick": "Kicked", "ban": "Banned", "logout": "Unauthorized: Logged out"}
+ENDS_SOCKETS |= {"password": "Unauthorized: Password changed"}
 
 Encode = Callable[[Iterable[Event]], list[bytes]]  # events to lines
 Done = Callable[[Event | Refused], object]  # told what became of a change
@@ -1529,7 +1486,7 @@ class Client(Connection):
             self.cursors[room] += 1
             self.outlet.write(batch[self.encode])
         elif self.cursors[room] < room.first:
-            self.end(*TOO_SLOW)  # what it would read next is forgotten
+            self.end("unavailable", "Too slow")  # what it would read next is forgotten
         else:
             self.flush()
 
@@ -1551,7 +1508,7 @@ class Client(Connection):
         self.outbox = self.take() + self.encode(events)
         self.flush()
         if sum(map(len, self.outbox)) > MAX_OUTBOX:
-            self.end(*TOO_SLOW)
+            self.end("unavailable", "Too slow")
 
 
 class Room:
@@ -1599,10 +1556,10 @@ class ConnectionManager:
         must(not limit or len(mine) < limit, "unavailable", "Too many sockets")
         mine.add(client)
         self.roles[me.name] = me.role
-        welcome: Event = {"type": "welcome", "user": me.name, "role": me.role}
         private = sorted(room for room, _ in self.storage.rooms(me.name, limit=1_000))
-        more = {"epoch": self.storage.epoch, "expires_at": me.ends, "rooms": private}
-        client.outbox = client.encode([welcome | more])  # it leaves with what comes next
+        about = {"epoch": self.storage.epoch, "expires_at": me.ends, "rooms": private}
+        welcome = {"type": "welcome", "user": me.name, "role": me.role, **about}
+        client.outbox = client.encode([welcome])  # it leaves with what comes next
 
     def disconnect(self, client: Client) -> None:
         for room in list(client.cursors):
@@ -1665,7 +1622,7 @@ class ConnectionManager:
         while True:
             await self.posted.wait()
             # Each batch costs a commit, and a write for each reader: in a rush they are gathered.
-            await asyncio.sleep(GATHER_SECONDS if len(taken) > RUSH else 0)
+            await asyncio.sleep(GATHER_SECONDS if len(taken) > 20 else 0)
             taken, self.pending = self.pending[:MAX_BATCH], self.pending[MAX_BATCH:]
             if not self.pending:
                 self.posted.clear()
@@ -1675,15 +1632,12 @@ class ConnectionManager:
                 log.exception("unexpected error in the committer")
 
     async def commit(self, taken: Sequence[tuple[Event, Done | None]]) -> None:
-        changes = [change for change, _ in taken if change["type"] not in NOTICES]
-        messages = [change for change in changes if change["type"] == "message"]
+        messages = [change for change, _ in taken if change["type"] == "message"]
         for id, message in enumerate(messages, self.storage.shown + 1):
             message |= {"id": id, "at": round(time.time(), 3)}
         run = asyncio.get_running_loop().run_in_executor
-        applied = await run(self.storage.thread, self.storage.apply, changes) if changes else []
+        outcomes = await run(self.storage.thread, self.storage.apply, [one for one, _ in taken])
         self.storage.shown += len(messages)
-        rest = iter(applied)
-        outcomes = [change if change["type"] in NOTICES else next(rest) for change, _ in taken]
         with ExitStack() as answers:  # all of them are given, whatever fails
             for (_, done), outcome in reversed(list(zip(taken, outcomes, strict=True))):
                 if done:
@@ -1740,10 +1694,9 @@ class ConnectionManager:
 
 app.description = """
 The chat's socket is `/ws/chat?room=lobby`. Its token comes as `Authorization: Bearer`, as `token`
-in the query or, from a browser, as a subprotocol: `["lobby.v1", "bearer." + token]`. With
-`lobby.v1` each frame has one or more JSON objects, one a line; without it, lines of text (`/help`
-lists what they can do). A close by 1008 is final; after anything else but 1000, come back with
-the newest `id` as `after`, and the `epoch`.
+in the query or, from a browser, as a subprotocol: `["lobby.v1", "bearer." + token]`. With it each
+frame has one or more JSON objects, one a line; without it, lines of text. After a close by anything
+but 1000 and 1008, come back with the newest `id` as `after`, and the `epoch`.
 
 | you send | |
 |---|---|
@@ -1918,8 +1871,6 @@ class ChatClient(Client):
             case ["/msg", name, _, *_]:
                 text = line.split(maxsplit=2)[2]
                 await self.do(Incoming(type="message", to=name, text=text))
-            case ["/msg", *_]:
-                raise Refused("invalid", "whom, and what? /msg bob hi")
             case ["/help"]:
                 self.tell({"type": "text", "text": HELP})
             case _:
@@ -1998,11 +1949,9 @@ STORED = OF_BODY | answers(404, 429) | {200: {"description": "The original of a 
 
 @app.get("/rooms")
 async def list_rooms(me: Me, limit: Limit = 100, before: Id = MAX_ID, q: NameStart = "") -> Any:
-    """The rooms that the caller may see, the most recently written first, then the unwritten;
-    those before this ``last_id``, whose names begin with ``q``."""
+    """Rooms that the caller may see: before this ``last_id``, newest first, then the unwritten."""
     storage, opened = app.state.storage, app.state.manager.rooms
-    find = functools.partial(storage.find_rooms, q)
-    written = await find("", limit, before) + await find(me.name, limit, before)
+    written = [row for person in ("", me.name) for row in storage.rooms(person, limit, before, q)]
     found = dict(sorted(written, key=itemgetter(1), reverse=True)[:limit])
     if len(found) < limit and before:
         named = sorted(room for room in {"lobby", *opened} if room.startswith(q))
@@ -2025,11 +1974,7 @@ async def read_messages(
     of messages that have this in their text, taken literally, whatever its case."""
     storage = app.state.storage
     where = (find_room(room, me), limit, before, after)
-    if not q:
-        page = storage.page(*where)
-    else:
-        async with storage.searchers[me.name]:  # who has many waits for themselves
-            page = await storage.search(q, *where)
+    page = await storage.find(me.name, q, *where) if q else storage.page(*where)
     return {"messages": page["messages"], "more": page["more"]}
 
 
@@ -2052,8 +1997,7 @@ async def delete_message(me: Me, room: RoomName, id: Id) -> None:
 
 @app.get("/users")
 async def list_users(me: Me, q: NameStart | None = None) -> list[dict[str, Any]]:
-    """Who is online. With ``q``: whose names begin so, online or not, the first 50; to moderators,
-    also whether they are banned."""
+    """Who is online. With ``q``: the first 50 whose names begin so; to moderators, the banned."""
     manager = app.state.manager
     found = sorted(manager.roles.items()) if q is None else app.state.storage.find_people(q)
     users = []
@@ -2068,9 +2012,7 @@ async def list_users(me: Me, q: NameStart | None = None) -> list[dict[str, Any]]
 @app.get("/healthz")
 async def healthz() -> dict[str, Any]:
     """For whoever watches the server: people online and rooms open; 503 if it could not store."""
-    if app.state.checking is None or app.state.checking.done():  # one serves all who ask meanwhile
-        app.state.checking = asyncio.create_task(app.state.change({"type": "health"}))
-    await asyncio.shield(app.state.checking)
+    await app.state.change({"type": "health"})  # one commit serves all who ask meanwhile
     rooms = [room for room in app.state.manager.rooms if not members(room)]
     return {"status": "ok", "online": len(app.state.manager.clients), "rooms": len(rooms)}
 
@@ -2090,11 +2032,9 @@ def check_demo_people(settings: Settings, storage: Storage) -> None:
     people = {name: storage.find_person(name) for name in DEMO_PEOPLE}
     known = [n for n, p in people.items() if p and is_password(DEMO_PEOPLE[n], p["password"])]
     if known or (settings.demo_users and not storage.find_people("")):
-        raise StartError(
-            f"CHAT_HOST={settings.host!r} can be reached from other machines, and the passwords of "
-            f"{', '.join(known or DEMO_PEOPLE)} are public: change them, or for a new database set "
-            "CHAT_DEMO_USERS to 0; or set it to 1 if you mean it"
-        )
+        why = f"others reach it, and the passwords of {', '.join(known or DEMO_PEOPLE)} are public"
+        cure = "change them, or in a new database set CHAT_DEMO_USERS to 0; or to 1 if it is meant"
+        raise StartError(f"CHAT_HOST={settings.host!r}: {why}: {cure}")
 
 
 def hide_secrets(record: logging.LogRecord) -> bool:
@@ -2115,8 +2055,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     with closing(Storage(settings.db)) as storage:
         check_demo_people(settings, storage)
         state.settings, state.storage, state.origins = settings, storage, settings.origins
-        state.limit = RateLimit(settings.rate)
-        state.connections, state.checking = set(), None
+        state.limit, state.connections = RateLimit(settings.rate), set()
         state.manager = ConnectionManager(storage, state.connections)
         state.change = state.manager.change
         state.logins = Logins(settings, storage, state.change)
@@ -2135,7 +2074,6 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 app.router.lifespan_context = lifespan
 STALL_SECONDS = 20  # how long a peer may take no byte of what waits for it, or be silent
 HEAD_SECONDS = 20  # how long a connection may go without a whole head of a request
-PONG_SECONDS = 120.0  # a ping may stand behind megabytes for a slow line
 SEND_BUFFER = 256 * KIB  # of the kernel, for each socket: it would hide megabytes
 MAX_FRAGMENTS = 1_024  # frames that one message may come in
 MAX_AHEAD = 16  # requests that are sent before the first is answered
@@ -2241,9 +2179,8 @@ def open_listener(settings: Settings) -> socket.socket:
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
-        raise StartError(
-            f"CHAT_HOST={settings.host!r}, CHAT_PORT={settings.port}: {error}"
-        ) from None
+        at = f"CHAT_HOST={settings.host!r}, CHAT_PORT={settings.port}"
+        raise StartError(f"{at}: {error}") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if sys.platform == "linux":  # who takes nothing, or has vanished, is gone; over HTTP too
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -2270,7 +2207,7 @@ def main() -> None:
         http=BoundedHttpProtocol,
         ws=ChatProtocol,
         ws_max_size=64 * KIB,
-        ws_ping_timeout=PONG_SECONDS,
+        ws_ping_timeout=120.0,  # a ping may stand behind megabytes for a slow line
         timeout_keep_alive=HEAD_SECONDS,
         ws_per_message_deflate=False,  # it would compress the same text once for each reader
         timeout_graceful_shutdown=5,
