@@ -382,7 +382,7 @@ async def submit(request: Request) -> dict[str, Any]:
 @app.get("/http-endpoint", responses=OF_BODY)
 @app.post("/http-endpoint", **reads("application/json"))
 async def http_endpoint(data: Annotated[Any, Depends(read_json)]) -> JSONResponse:
-    """The JSON body back. On GET it is legal, but many proxies drop it (RFC 9110, 9.3.1)."""
+    """The JSON body back. On GET it is legal, but browsers send none (RFC 9110, 9.3.1)."""
     return JSONResponse({"received_data": data})  # a dict would be walked through once more
 
 
@@ -729,7 +729,7 @@ CREATE TRIGGER list_conversation AFTER INSERT ON messages WHEN new.room LIKE '@%
 END;
 """
 COLUMNS = "id, room, user, text, at, mid"  # of a message, as its event has them
-MAX_ID = 2**63 - 1  # the largest integer that SQLite holds
+MAX_ID = 2**53 - 1  # the largest integer that JavaScript, and so /docs, can tell from the next
 LAST = "\U0010ffff"  # comes after each character of a name
 BUSY_SECONDS = 5  # how long a change waits for another program that writes
 WINDOW = 1_000  # newest events that an open room keeps, and most messages that are resumed
@@ -1238,21 +1238,22 @@ async def take_turn(request: Request) -> AsyncIterator[None]:
 
 HASHES: dict[str, Any] = {"dependencies": [Depends(take_turn)], "responses": OF_BODY}
 Me = Annotated[Bearer, Depends(find_me)]
-InBody = Annotated[str, Body()]  # a field of the JSON body
+Name = Annotated[str, Body(examples=["user1"])]  # a field of the JSON body
+Password = Annotated[str, Body(examples=["password1"])]
 NewName = Annotated[str, Body(), AfterValidator(clean_name)]
 OfLength = Field(min_length=8, max_length=MAX_PASSWORD)
 NewPassword = Annotated[str, Body(embed=True), OfLength, AfterValidator(one_spelling)]
 
 
 @app.post("/login", **HASHES)
-async def login(username: InBody, password: InBody, stay: Annotated[bool, Body()] = False) -> Any:
+async def login(username: Name, password: Password, stay: Annotated[bool, Body()] = False) -> Any:
     """Log in. A log-in that stays can be renewed by an expired token as well."""
     return await app.state.logins.log_in(username, password, stay)
 
 
 @app.post("/token", **HASHES)
 async def token(form: Annotated[OAuth2PasswordRequestForm, Depends()]) -> Any:
-    """The same as an OAuth2 password form, for the Authorize button of /docs."""
+    """The same as an OAuth2 password form, for /docs: Authorize as `user1` with `password1`."""
     return await app.state.logins.log_in(form.username, form.password)
 
 
@@ -1270,15 +1271,14 @@ async def register(request: Request, token: Token, username: NewName, password: 
     # A proxy on this machine connects over loopback as well; where there is no address, no network.
     forwarded = {"forwarded", "x-forwarded-for", "x-real-ip"} & {*request.headers}
     public = [o for o in app.state.origins if o.endswith(f"//{request.headers.get('host')}")]
-    is_near = is_loopback(host) or not re.search("[.:]", host)
-    is_local = is_near and not forwarded and not public
+    is_local = not (forwarded or public) and (is_loopback(host) or not re.search("[.:]", host))
     person = await logins.register(username, password, is_local, by)
     return {"username": person["user"], "role": person["role"]}
 
 
 @app.put("/me/password", **HASHES)
-async def change_password(me: Me, old: InBody, new: NewPassword) -> Any:
-    """Change the password, which ends all log-ins; answers the token of a new one."""
+async def change_password(me: Me, old: Password, new: NewPassword) -> Any:
+    """Change the password, which ends all log-ins; answers a new token, to authorize with."""
     logins = app.state.logins
     person = await logins.check(me.name, old)
     must(person, "forbidden", "The old password is wrong")
@@ -1374,7 +1374,7 @@ async def unban(username: Username, me: Me) -> dict[str, Any]:
 # must not be interrupted is a plain function without `await`.
 
 MAX_BATCH = 250  # changes in one transaction; well below WINDOW, or batches outrun readers
-GATHER_SECONDS = 0.003  # how long, after a batch of over 20, the next one waits for others
+GATHER_SECONDS = 0.003  # after over 20 changes the next are gathered: each batch costs a commit
 MAX_PENDING = 10_000  # changes that may wait for the disk before new messages are refused
 MAX_FRAME = 256 * KIB  # bytes after which a frame takes no further batch; one answer may be more
 MAX_OUTBOX = 8 * MIB  # bytes that may wait for one client alone; a resume's fit
@@ -1621,7 +1621,6 @@ class ConnectionManager:
         taken: Sequence[tuple[Event, Done | None]] = ()
         while True:
             await self.posted.wait()
-            # Each batch costs a commit, and a write for each reader: in a rush they are gathered.
             await asyncio.sleep(GATHER_SECONDS if len(taken) > 20 else 0)
             taken, self.pending = self.pending[:MAX_BATCH], self.pending[MAX_BATCH:]
             if not self.pending:
@@ -1696,7 +1695,8 @@ app.description = """
 The chat's socket is `/ws/chat?room=lobby`. Its token comes as `Authorization: Bearer`, as `token`
 in the query or, from a browser, as a subprotocol: `["lobby.v1", "bearer." + token]`. With it each
 frame has one or more JSON objects, one a line; without it, lines of text. After a close by anything
-but 1000 and 1008, come back with the newest `id` as `after`, and the `epoch`.
+but 1000 and 1008, come back with the newest `id` as `after`, and the `epoch`. Here no socket can be
+tried; the page of `/` has a form for all of them.
 
 | you send | |
 |---|---|
@@ -1743,12 +1743,12 @@ def clean_room(name: str) -> str:
         raise PydanticCustomError("unknown_room", f"No such room: {error}") from None
 
 
-Text = Annotated[str, AfterValidator(clean_text)]
+Text = Annotated[str, AfterValidator(clean_text), Field(examples=["hello"])]
 RoomName = Annotated[str, AfterValidator(clean_room)]
-Mid = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")]
+Mid = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$", examples=["m1"])]
 NewText = Annotated[Text, Body()]
 NewMid = Annotated[Mid | None, Body()]
-Id = Annotated[int, Field(ge=0, le=MAX_ID)]
+Id = Annotated[int, Field(ge=0, le=2**63 - 1)]  # the largest integer that SQLite holds
 Limit = Annotated[int, Field(ge=1, le=200)]
 NameStart = Annotated[str, Query(max_length=80), AfterValidator(fold_start)]
 Search = Annotated[str, Query(max_length=200), AfterValidator(lambda q: normalize("NFC", q, 200))]
