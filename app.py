@@ -26,7 +26,8 @@ idea. Chapters 1 to 4, copied out with the imports above them, are a program tha
      9  Rooms                 a room is a log, a client is a set of cursors into logs
     10  The chat              its events, its socket and its HTTP routes
     11  Serving               what starts and what ends, and ``python app.py``
-    12  The page              HTML, CSS and JavaScript in one constant
+    12  Several processes     one feed for all of them; with one process nobody needs it
+    13  The page              HTML, CSS and JavaScript in one constant
 
 The words used throughout:
 
@@ -48,6 +49,7 @@ import base64
 import functools
 import gc
 import hashlib
+import importlib
 import ipaddress
 import itertools
 import json
@@ -104,7 +106,13 @@ MAX_BACKSLASHES = 100  # of cookies: to unquote them takes Python the square (CV
 # Why something is refused, as an HTTP status. A socket closes with 1008, which is final (RFC 6455,
 # section 7.4.1), or where it may be tried again later, with 1013 (IANA's registry of close codes).
 REFUSALS = {"invalid": 422, "too_long": 422, "unauthorized": 401, "forbidden": 403, "unknown": 404}
-REFUSALS |= {"unknown_room": 404, "conflict": 409, "rate_limited": 429, "unavailable": 503}
+REFUSALS |= {
+    "unknown_room": 404,
+    "conflict": 409,
+    "rate_limited": 429,
+    "unavailable": 503,
+    "restart": 503,
+}
 
 
 class Refused(Exception):
@@ -141,7 +149,7 @@ def begin_chapter(tag: str, *statuses: int) -> None:
 async def refused(connection: Request | WebSocket, error: Refused) -> Response | None:
     status = REFUSALS[error.code]
     if isinstance(connection, WebSocket):
-        code = 1013 if status in (429, 503) else 1008
+        code = 1012 if error.code == "restart" else 1013 if status in (429, 503) else 1008
         await close_socket(connection, WebSocketException(code, str(error)))
         return None
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}  # RFC 6750, section 3
@@ -676,6 +684,7 @@ class Settings(BaseModel, alias_generator=lambda f: f"CHAT_{f.upper()}", populat
     demo_users: bool = True
     rate: float = Field(10, ge=0, allow_inf_nan=False)  # messages a second; 0: no limit
     sockets_per_user: int = Field(20, ge=0)  # 0: no limit
+    feed: str | None = Field(None, pattern="^postgres(ql)?://")  # see chapter 12
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -686,7 +695,7 @@ class Settings(BaseModel, alias_generator=lambda f: f"CHAT_{f.upper()}", populat
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
-            shown = "" if name == "CHAT_SECRET" else f"={given[name]!r}"
+            shown = "" if name in ("CHAT_SECRET", "CHAT_FEED") else f"={given[name]!r}"
             raise StartError(f"{name}{shown}: {first['msg']}") from None
 
 
@@ -698,10 +707,10 @@ class Settings(BaseModel, alias_generator=lambda f: f"CHAT_{f.upper()}", populat
 # between the question and the change. A route says `await app.state.change({"type": ...})`, and is
 # given what became of it, or raised Refused; how changes get here, chapter 9 shows.
 
-SHAPE = 4  # of the tables; a file of another shape is refused
+SHAPE = 5  # of the tables; a file of another shape is refused
 TABLES = """
--- checked: how often somebody asked whether all is well.
-CREATE TABLE epoch (name TEXT NOT NULL, checked INTEGER NOT NULL);
+-- cursor: how much of a feed is in this file, see chapter 12.
+CREATE TABLE epoch (name TEXT NOT NULL, cursor INTEGER NOT NULL);
 INSERT INTO epoch VALUES (lower(hex(randomblob(8))), 0);
 -- folded: the name without regard to case. password: its salt and hash.
 CREATE TABLE people (name TEXT PRIMARY KEY, folded TEXT NOT NULL UNIQUE, password TEXT NOT NULL,
@@ -738,7 +747,8 @@ SEARCHED = 100  # messages that a search reads between two turns of the loop
 Event = dict[str, Any]  # and a change, which becomes one
 Change = Callable[[Event], Awaitable[Event]]  # posts a change, see chapter 9
 ASIDE = ("by", "old", "password")  # what a change needs, and its event does not tell
-NEED_NO_ROW = ("kick", "joined", "left", "typing", "renewed", "stop")  # so a full disk stops none
+# What a full disk does not stop.
+NEED_NO_ROW = ("kick", "joined", "left", "here", "typing", "renewed", "turn")
 
 
 def size_of(event: Event) -> float:
@@ -762,6 +772,7 @@ class Storage:
         self.searching = asyncio.Lock()
         self.searchers: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.is_failing = False
+        self.is_replica = False  # of a feed (12): what the disk cannot take now, it must take later
         try:
             # A second process would announce its messages to nobody here: it is kept out.
             self._connect(f"{path.as_uri()}.lock", timeout=0).execute("BEGIN EXCLUSIVE")
@@ -810,7 +821,10 @@ class Storage:
         if not self.is_failing:
             log.exception("the database failed %s", where)
         self.is_failing = True
-        return Refused("unavailable", "The database failed, try again", retry_after=1)
+        refusal = Refused("unavailable", "The database failed, try again", retry_after=1)
+        if self.is_replica and isinstance(sys.exception(), sqlite3.OperationalError | Refused):
+            raise refusal
+        return refusal
 
     def find_person(self, folded: str, sid: str = "") -> Any:
         """The person whose name folds to this, or None; ``stays``: of this log-in, None if over."""
@@ -943,23 +957,25 @@ class Storage:
             case "login":  # what was checked may have changed meanwhile
                 run("DELETE FROM logins WHERE ends < :at", change)
                 sql = "INSERT INTO logins SELECT :sid, name, :stays, :ends FROM people"
-                sql += " WHERE name = :user AND password = :password AND NOT banned"
+                sql += " WHERE name = :user AND instr(password, :password) = 1 AND NOT banned"
                 done = run(sql, change)
                 must(done.rowcount, "unauthorized", "Bad username or password")
             case "logout":
                 run("DELETE FROM logins WHERE sid = :sid", change)
             case "password":
                 if "old" in change:  # it may have changed while it was checked
-                    sql = "SELECT 1 FROM people WHERE name = :user AND password = :old"
+                    sql = "SELECT 1 FROM people WHERE name = :user AND instr(password, :old) = 1"
                     must(self._value(sql, change), "forbidden", "The old password is wrong")
                 else:
                     self._check_role(change, asking, "admin")
                 run("UPDATE people SET password = :password WHERE name = :user", change)
                 run("DELETE FROM logins WHERE user = :user", change)
             case "health":  # and is the file still the one that has this name?
-                run("UPDATE epoch SET checked = checked + 1")
+                run(f"PRAGMA user_version = {SHAPE}")  # it writes, and changes nothing
                 is_same = self.path.exists() and os.path.samestat(self.opened, self.path.stat())
                 must(is_same, "unavailable", "The database's file was moved or deleted")
+            case "cursor":
+                run("UPDATE epoch SET cursor = :id", change)
             case "deleted":
                 sql = "SELECT user FROM messages WHERE id = :id AND room = :room"
                 author = self._value(f"{sql} AND deleted IS NULL", change)
@@ -1124,7 +1140,8 @@ class Logins:
     async def start(self, name: str, stored: str, stay: bool) -> dict[str, Any]:
         """A new log-in, if this is still what is stored of the password; answers its token."""
         sid, now = secrets.token_urlsafe(16), time.time()
-        login = {"user": name, "password": stored, "sid": sid, "stays": stay, "at": now}
+        salt = stored[:32]  # enough to know it by
+        login = {"user": name, "password": salt, "sid": sid, "stays": stay, "at": now}
         await self.change({"type": "login", **login, "ends": now + self.login_seconds})
         return self.make_token(name, sid, now)[0]
 
@@ -1182,6 +1199,10 @@ def load_or_create_secret(db: Path) -> bytes:
 
 
 async def find_me(token: Token) -> Any:
+    """Who is asking. A log-in of a moment ago may have to come from another process first."""
+    with suppress(Refused):
+        return app.state.logins.find_bearer(token)
+    await app.state.manager.keep_up()
     return app.state.logins.find_bearer(token)
 
 
@@ -1226,6 +1247,7 @@ class Connection:
 
 async def take_turn(request: Request) -> AsyncIterator[None]:
     """A dependency of routes that hash a password: few at once, and few of each address."""
+    await app.state.manager.keep_up()  # their password may have changed just now
     hashing, host = app.state.logins.hashing, client_host(request)
     may = len(hashing) < MAX_HASHING and hashing.count(host) < MAX_HASHING_EACH
     must(may, "unavailable", "Too many log-ins at once, try again", retry_after=2)
@@ -1282,7 +1304,7 @@ async def change_password(me: Me, old: Password, new: NewPassword) -> Any:
     logins = app.state.logins
     person = await logins.check(me.name, old)
     must(person, "forbidden", "The old password is wrong")
-    change = {"type": "password", "user": me.name, "old": person["password"], "by": me.name}
+    change = {"type": "password", "user": me.name, "old": person["password"][:32], "by": me.name}
     stored = await logins.in_thread(hash_password, new)
     await logins.change(change | {"password": stored})
     return await logins.start(me.name, stored, me.stays)
@@ -1303,7 +1325,7 @@ async def logout(me: Me) -> None:
 @app.websocket("/ws/protected")
 async def protected(websocket: WebSocket) -> None:
     await websocket.accept()
-    me = app.state.logins.find_bearer(await token_of(websocket))
+    me = await find_me(await token_of(websocket))
     async with Connection(websocket, me):
         await websocket.send_text(f"Hello {me.name}, you are authenticated!")
         while True:
@@ -1386,6 +1408,7 @@ ENDS_SOCKETS |= {"password": "Unauthorized: Password changed"}
 
 Encode = Callable[[Iterable[Event]], list[bytes]]  # events to lines
 Done = Callable[[Event | Refused], object]  # told what became of a change
+Posted = tuple[Event, Done | None]
 
 
 def as_json(events: Iterable[Event]) -> list[bytes]:
@@ -1545,8 +1568,9 @@ class ConnectionManager:
         self.connections = connections
         self.rooms: dict[str, Room] = {}
         self.clients: dict[str, set[Client]] = {}  # of each person who is online
-        self.roles: dict[str, str] = {}  # of the same
-        self.pending: list[tuple[Event, Done | None]] = []  # in order of arrival
+        self.roles: dict[str, str] = {}  # of each who was
+        self.present: set[tuple[str, str]] = set()  # rooms and people, of other processes too (12)
+        self.pending: list[Posted] = []  # in order of arrival
         self.posted = asyncio.Event()
 
     def connect(self, client: Client, limit: int) -> None:
@@ -1566,7 +1590,7 @@ class ConnectionManager:
             self.leave(client, room)
         self.clients[client.me.name].discard(client)
         if not self.clients[client.me.name]:
-            del self.clients[client.me.name], self.roles[client.me.name]
+            del self.clients[client.me.name]
 
     def send_personal_message(self, event: Event, client: Client) -> None:
         """Say something to one client. One that lets too much pile up is closed with 1013."""
@@ -1585,8 +1609,15 @@ class ConnectionManager:
             room.people[user] += 1
             if room.people[user] == 1:
                 self.post({"type": "joined", "room": name, "user": user, "role": client.me.role})
-        users = {name: self.roles[name] for name in sorted(room.people)}
+        users = {name: self.roles[name] for name in sorted(self.people_in(name))}
         client.tell(*past, {"type": "presence", "room": name, "users": users})
+
+    def people_in(self, room: str) -> set[str]:
+        here = set(self.rooms[room].people) if room in self.rooms else set()
+        return here.union(user for name, user in self.present if name == room)
+
+    async def keep_up(self) -> None:
+        """Wait for what has happened so far at other processes: there are none, before 12."""
 
     def leave(self, client: Client, room: Room) -> None:
         """Stop following a room, once what was already said in it is on its way."""
@@ -1618,7 +1649,7 @@ class ConnectionManager:
 
     async def commit_forever(self) -> None:
         """The committer: apply what is pending, then show it."""
-        taken: Sequence[tuple[Event, Done | None]] = ()
+        taken: Sequence[Posted] = ()
         while True:
             await self.posted.wait()
             await asyncio.sleep(GATHER_SECONDS if len(taken) > 20 else 0)
@@ -1630,13 +1661,17 @@ class ConnectionManager:
             except Exception:
                 log.exception("unexpected error in the committer")
 
-    async def commit(self, taken: Sequence[tuple[Event, Done | None]]) -> None:
+    async def commit(self, taken: Sequence[Posted]) -> None:
         messages = [change for change, _ in taken if change["type"] == "message"]
         for id, message in enumerate(messages, self.storage.shown + 1):
-            message |= {"id": id, "at": round(time.time(), 3)}
+            message["id"] = id
         run = asyncio.get_running_loop().run_in_executor
         outcomes = await run(self.storage.thread, self.storage.apply, [one for one, _ in taken])
         self.storage.shown += len(messages)
+        self.happen(taken, outcomes)
+
+    def happen(self, taken: Sequence[Posted], outcomes: Sequence[Event | Refused]) -> None:
+        """Show what was applied, and tell those who posted it."""
         with ExitStack() as answers:  # all of them are given, whatever fails
             for (_, done), outcome in reversed(list(zip(taken, outcomes, strict=True))):
                 if done:
@@ -1667,8 +1702,8 @@ class ConnectionManager:
         """Tell a new role to the person, and to all who are in a room with them."""
         if user in self.roles:
             self.roles[user] = role
-            rooms = [room for room in self.rooms.values() if user in room.people]
-            for client in self.clients[user].union(*(room.followers for room in rooms)):
+            rooms = [room for name, room in self.rooms.items() if user in self.people_in(name)]
+            for client in self.clients.get(user, set()).union(*(room.followers for room in rooms)):
                 self.send_personal_message({"type": "role", "user": user, "role": role}, client)
 
     def sockets_of(self, event: Event) -> list[Connection]:
@@ -1791,9 +1826,9 @@ class RateLimit:
 
 
 def new_message(room: str, me: Bearer, text: str, mid: str | None) -> Event:
-    """A message that is to be posted; the committer gives it ``id`` and ``at``."""
+    """A message that is to be posted; the committer gives it ``id``."""
     event: Event = {"type": "message", "id": 0, "room": room, "user": me.name, "text": text}
-    return event | {"at": 0.0, "mid": mid}
+    return event | {"at": round(time.time(), 3), "mid": mid}
 
 
 def may_see(room: str, me: Bearer) -> bool:
@@ -1854,6 +1889,8 @@ class ChatClient(Client):
             else:
                 await self.obey_plain(line)
         except (ValidationError, Refused) as error:
+            if getattr(error, "code", "") == "restart":
+                raise
             about = json_or_none(line)
             self.tell(error_event(error, about if isinstance(about, dict) else {}))
 
@@ -1866,7 +1903,8 @@ class ChatClient(Client):
                     raise Refused("unknown_room", "You are in no room")
                 await self.do(Incoming(type="message", room=room.name, text=line))
             case ["/who"]:
-                here = ", ".join(sorted(room.people)) if room else "nobody"
+                people = app.state.manager.people_in(room.name) if room else {"nobody"}
+                here = ", ".join(sorted(people))
                 self.tell({"type": "text", "text": f"Here: {here}"})
             case ["/msg", name, _, *_]:
                 text = line.split(maxsplit=2)[2]
@@ -1891,6 +1929,8 @@ class ChatClient(Client):
                 while wait := limit.retry_after(f"join {self.me.name}", limit.rate):
                     self.flush()
                     await asyncio.sleep(wait)  # everybody in the room hears of joins
+                if (event.after or 0) > app.state.storage.shown:
+                    await app.state.manager.keep_up()
                 self.join(name, event.after, event.epoch)
             case "leave" if room in self.cursors:
                 app.state.manager.leave(self, room)
@@ -1930,7 +1970,7 @@ async def chat(websocket: WebSocket) -> None:
     """The chat socket. Once it is accepted, nothing waits until the client is welcome."""
     encode = as_json if CHAT_PROTOCOL in websocket.scope["subprotocols"] else as_plain
     await websocket.accept(CHAT_PROTOCOL if encode is as_json else None)
-    me = app.state.logins.find_bearer(await token_of(websocket))
+    me = await find_me(await token_of(websocket))
     client = ChatClient(websocket, me, encode)
     log.info("connected %r from %s", me.name, client_host(websocket))
     try:
@@ -1950,14 +1990,15 @@ STORED = OF_BODY | answers(404, 429) | {200: {"description": "The original of a 
 @app.get("/rooms")
 async def list_rooms(me: Me, limit: Limit = 100, before: Id = MAX_ID, q: NameStart = "") -> Any:
     """Rooms that the caller may see: before this ``last_id``, newest first, then the unwritten."""
-    storage, opened = app.state.storage, app.state.manager.rooms
+    storage, manager = app.state.storage, app.state.manager
     written = [row for person in ("", me.name) for row in storage.rooms(person, limit, before, q)]
     found = dict(sorted(written, key=itemgetter(1), reverse=True)[:limit])
     if len(found) < limit and before:
-        named = sorted(room for room in {"lobby", *opened} if room.startswith(q))
+        opened = {"lobby", *manager.rooms, *(room for room, _ in manager.present)}
+        named = sorted(room for room in opened if room.startswith(q))
         unwritten = (room for room in named if may_see(room, me) and not storage.is_written(room))
         found |= dict.fromkeys(itertools.islice(unwritten, limit - len(found)), 0)
-    online = {room: len(opened[room].people) if room in opened else 0 for room in found}
+    online = {room: len(manager.people_in(room)) for room in found}
     return [{"room": room, "online": online[room], "last_id": id} for room, id in found.items()]
 
 
@@ -1999,11 +2040,15 @@ async def delete_message(me: Me, room: RoomName, id: Id) -> None:
 async def list_users(me: Me, q: NameStart | None = None) -> list[dict[str, Any]]:
     """Who is online. With ``q``: the first 50 whose names begin so; to moderators, the banned."""
     manager = app.state.manager
-    found = sorted(manager.roles.items()) if q is None else app.state.storage.find_people(q)
+    online = {
+        n: {room.name for c in mine for room in c.cursors} for n, mine in manager.clients.items()
+    }
+    for room, name in manager.present:
+        online.setdefault(name, set()).add(room)
+    here = [(name, manager.roles[name]) for name in sorted(online)]
     users = []
-    for name, role, *banned in found:
-        clients = manager.clients.get(name, ())
-        rooms = {room.name for client in clients for room in client.cursors}
+    for name, role, *banned in here if q is None else app.state.storage.find_people(q):
+        rooms = online.get(name, ())
         user = {"username": name, "role": role, "rooms": sorted(r for r in rooms if may_see(r, me))}
         users.append(user | ({"banned": bool(banned[0])} if banned and me.role != "member" else {}))
     return users
@@ -2053,20 +2098,24 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         logging.getLogger(name).addFilter(hide_secrets)
     settings, state = Settings.from_environment(), app.state
     with closing(Storage(settings.db)) as storage:
-        check_demo_people(settings, storage)
         state.settings, state.storage, state.origins = settings, storage, settings.origins
         state.limit, state.connections = RateLimit(settings.rate), set()
         state.manager = ConnectionManager(storage, state.connections)
+        if settings.feed:
+            state.manager = FeedManager(settings, storage, state.connections)
+        check_demo_people(settings, storage)
         state.change = state.manager.change
         state.logins = Logins(settings, storage, state.change)
         committer = asyncio.create_task(state.manager.commit_forever())
         try:
             if settings.demo_users and not storage.find_people(""):
                 for name in ("admin", "user1", "user2"):  # the first is the admin, who adds others
-                    await state.logins.register(name, DEMO_PEOPLE[name], True, by="admin")
+                    with suppress(Refused):  # another process was first
+                        await state.logins.register(name, DEMO_PEOPLE[name], True, by="admin")
             yield
         finally:
-            await state.change({"type": "stop"})  # changes nothing, but all before it is done
+            with suppress(Refused):
+                await state.change({"type": "turn"})  # changes nothing, but all before it is done
             committer.cancel()
             state.logins.threads.shutdown()
 
@@ -2195,6 +2244,8 @@ def main() -> None:
         settings = Settings.from_environment()
         # What the lifespan would refuse at length is refused here, in one line.
         with closing(Storage(settings.db)) as storage:
+            if settings.feed:
+                FeedManager(settings, storage, set())
             check_demo_people(settings, storage)
             settings.secret or load_or_create_secret(settings.db)
         listener = open_listener(settings)
@@ -2220,11 +2271,255 @@ def main() -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-# 12. The page =========================================================================
+# 12. Several processes ================================================================
+# A process is a cursor too. With CHAT_FEED, what the committer would apply it appends to a feed: a
+# table in PostgreSQL, numbered in the order of its commits. Each process reads that from where it
+# is, as a client reads a room, and applies and shows what comes, its own included, by chapters 6
+# and 9. So reading stays a local call, all files become equal, and a message's id is its number.
+#
+# Whatever is in doubt, a process starts over: its sockets end with 1012, what waits is refused, and
+# it reads on from the cursor in its file. Clients send again what they have not seen come back.
+
+BEAT_SECONDS = 3  # between two notices of who is here
+MAX_MISSED = 3  # beats; a process that was not heard for more is gone
+RETRY_SECONDS = 1  # between two attempts to start over
+FEED_TABLES = """
+SELECT pg_advisory_xact_lock(1);  -- others may be starting
+-- One row, by which appending takes turns. The feed has all that came after the number `first`.
+CREATE TABLE IF NOT EXISTS lobby (one boolean PRIMARY KEY, epoch text, first bigint, newest bigint);
+-- fades: when it is deleted, as it changed nothing.
+CREATE TABLE IF NOT EXISTS feed (id bigint PRIMARY KEY, process text, type text, event json,
+    fades timestamptz);
+CREATE INDEX IF NOT EXISTS hashes ON feed (id) WHERE type IN ('register', 'password');
+CREATE INDEX IF NOT EXISTS fading ON feed (fades) WHERE fades IS NOT NULL;
+SET jit = off;
+LISTEN lobby;
+"""
+NEW_FEED = "INSERT INTO lobby VALUES (true, %s, %s, %s) ON CONFLICT DO NOTHING"
+# One statement: a process that stops in the middle of several would hold up all others.
+APPEND = """
+WITH turn AS (UPDATE lobby SET newest = newest + %(count)s RETURNING newest),
+gone AS (DELETE FROM feed USING turn WHERE fades < now() OR id = ANY(%(vain)s::bigint[])),
+added AS (INSERT INTO feed SELECT newest - %(count)s + number, %(process)s, type, event,
+    CASE WHEN type = ANY(%(fading)s::text[]) THEN now() + interval '1 minute' END FROM turn,
+    unnest(%(types)s::text[], %(events)s::json[]) WITH ORDINALITY e (type, event, number))
+SELECT newest, pg_notify('lobby', '') FROM turn
+"""
+READ = "SELECT id, process, event FROM feed WHERE id > %s ORDER BY id LIMIT %s"
+WIPE_TEXTS = r"""UPDATE feed SET event =
+    regexp_replace(event::text, '"text": "([^"\\]|\\.)*"', '"text": ""')::json
+    WHERE id = ANY(%s) AND event->>'text' <> ''"""
+# The salt stays: by it the log-ins that follow are compared.
+WIPE_HASHES = r"""UPDATE feed SET event =
+    regexp_replace(event::text, '("password": "\w+\$)\w+', '\1')::json
+    WHERE type IN ('register', 'password') AND id <= %s
+    AND substring(event::text from '"password": "(\w+)\$\w') <> ALL(%s)"""
+
+
+class FeedManager(ConnectionManager):
+    """A manager whose changes go by way of the feed, to all processes."""
+
+    def __init__(self, settings: Settings, storage: Storage, connections: set[Connection]) -> None:
+        """Read all of the feed. Raises StartError."""
+        super().__init__(storage, connections)
+        self.url = settings.feed
+        self.under_way: dict[int, Posted] = {}  # by their numbers
+        self.vain: list[int] = []  # the numbers of those that changed nothing
+        self.here: dict[str, set[tuple[str, str]]] = {}  # of each process, see ``present``
+        self.missed: Counter[str] = Counter()  # beats of each process
+        self.is_away = False
+        if not settings.secret:
+            raise StartError("CHAT_FEED needs a CHAT_SECRET, the same for all processes")
+        try:
+            self.psycopg: Any = importlib.import_module("psycopg")
+        except ImportError:
+            raise StartError("CHAT_FEED needs a package: pip install 'psycopg[binary]'") from None
+        self.open()
+        storage.databases.callback(lambda: self.feed.close())
+        is_behind = True
+        while is_behind:
+            _, came, outcomes = self.exchange([])
+            is_behind = self.take_in(came, outcomes)
+
+    def open(self) -> None:
+        """Connect, under a new name; see that feed and file belong together. Raises StartError."""
+        self.name, run = secrets.token_hex(8), self.storage.writer.execute
+        sql = "SELECT cursor, (SELECT coalesce(max(id), 0) FROM messages) FROM epoch"
+        ((cursor, last),) = run(sql).fetchall()
+        self.cursor: int = cursor or last
+        try:
+            limits = {"autocommit": True, "connect_timeout": 5, "client_encoding": "utf8"}
+            self.feed: Any = self.psycopg.connect(self.url, **limits)
+            self.feed.pgconn.notify_handler = lambda _: self.posted.set()
+            self.feed.execute(FEED_TABLES)
+            self.feed.execute(NEW_FEED, (self.storage.epoch, last, last))
+            found = self.feed.execute("SELECT epoch, first, newest FROM lobby")
+            ((epoch, first, newest),) = found.fetchall()
+        except self.psycopg.Error as error:
+            raise StartError(f"CHAT_FEED: {' '.join(str(error).split())}") from None
+        if not self.cursor and not run("SELECT 1 FROM people").fetchall():  # a new file
+            run("UPDATE epoch SET name = ?", (epoch,))
+            self.storage.epoch = epoch
+        if epoch != self.storage.epoch or not max(first, last) <= self.cursor <= newest:
+            cure = "start with a copy of a file that is in use with it"
+            raise StartError(f"CHAT_FEED has another history than CHAT_DB: {cure}")
+        self.storage.is_replica = True
+        run("PRAGMA synchronous = NORMAL")  # what is lost, the feed still has
+        self.wipe()
+
+    def exchange(self, changes: Sequence[Event]) -> tuple[int, list[Any], list[Event | Refused]]:
+        """In the database's thread: append changes, then apply what the feed has next. Answers
+        the number of the last that was appended, what came, and what became of it."""
+        number = 0
+        if changes:
+            fields: Event = {"count": len(changes), "process": self.name, "vain": self.vain}
+            fields["types"] = [change["type"] for change in changes]
+            fields["events"] = [json.dumps(change) for change in changes]
+            fields["fading"] = [*NEED_NO_ROW, "health"]
+            ((number, _),) = self.feed.execute(APPEND, fields).fetchall()
+            self.vain = []
+        came = self.feed.execute(READ, (self.cursor, MAX_BATCH)).fetchall()
+        if not came:
+            return number, [], []
+        for id, _, event in came:
+            if event["type"] == "message":
+                event["id"] = id
+        events = [event for _, _, event in came]
+        moved: Event = {"type": "cursor", "id": came[-1][0]}
+        outcomes = self.storage.apply([*events, moved])
+        if isinstance(outcomes.pop(), Refused):  # one is at fault: it is refused alone
+            outcomes = [self.storage.apply([event])[0] for event in events]
+            self.storage.apply([moved])
+        self.cursor = moved["id"]
+        if any(event["type"] in ("deleted", "password") for event in events):
+            self.wipe()
+        while self.feed.pgconn.notifies():  # they may have come with an answer
+            self.posted.set()
+        return number, came, outcomes
+
+    def wipe(self) -> None:
+        """Take what was deleted, and passwords that were changed, out of the feed as well."""
+        run = self.storage.writer.execute
+        deleted = run("SELECT id FROM messages WHERE deleted >= ?", (self.cursor - WINDOW,))
+        self.feed.execute(WIPE_TEXTS, ([id for (id,) in deleted.fetchall()],))
+        people = run("SELECT substr(password, 1, 32) FROM people").fetchall()
+        self.feed.execute(WIPE_HASHES, (self.cursor, [salt for (salt,) in people]))
+
+    def take_in(self, came: Sequence[Any], outcomes: Sequence[Event | Refused]) -> bool:
+        """Show what came, and tell who posted it what became of it. True if there is more."""
+        taken: list[Posted] = []
+        happened: list[Event | Refused] = []
+        for (id, process, event), outcome in zip(came, outcomes, strict=True):
+            change, done = self.under_way.pop(id, (event, None))
+            if done and isinstance(outcome, Refused | Repeated):
+                self.vain.append(id)
+            if event["type"] == "message":
+                self.storage.shown = id
+            is_of_people = event["type"] in ("joined", "left", "here")
+            news = self.hear(process, event) if is_of_people else [outcome]
+            taken += [(change, done)] * len(news)
+            happened += news
+        self.happen(taken, happened)
+        return len(came) == MAX_BATCH
+
+    async def commit_forever(self) -> None:
+        self.beat()
+        await super().commit_forever()
+
+    async def commit(self, taken: Sequence[Posted]) -> None:
+        loop, is_behind = asyncio.get_running_loop(), True
+        loop.remove_reader(self.feed.fileno())
+        try:
+            while is_behind:
+                changes = [change for change, _ in taken]
+                done = loop.run_in_executor(self.storage.thread, self.exchange, changes)
+                number, came, outcomes = await done
+                self.under_way |= zip(itertools.count(number - len(taken) + 1), taken, strict=False)
+                taken = ()
+                is_behind = self.take_in(came, outcomes)
+        except Exception as error:
+            await self.start_over(error, taken)
+        loop.add_reader(self.feed.fileno(), self.wake)  # PostgreSQL says that others have appended
+
+    def wake(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.feed.fileno())
+        self.posted.set()
+
+    async def start_over(self, error: Exception, taken: Sequence[Posted]) -> None:
+        self.is_away, loop = True, asyncio.get_running_loop()
+        for connection in list(self.connections):
+            connection.end("restart", "Starting over")
+        waiting = [*self.under_way.values(), *taken, *self.pending]
+        self.under_way, self.pending, self.here, self.present = {}, [], {}, set()
+        for change, done in waiting:
+            self.post(change, done)
+        while self.is_away:
+            log.warning("starting over: %s", error)
+            self.feed.close()
+            await asyncio.sleep(RETRY_SECONDS)
+            try:
+                await loop.run_in_executor(self.storage.thread, self.open)
+                self.is_away = False
+            except Exception as another:
+                error = another
+        self.tell()
+
+    def post(self, change: Event, done: Done | None = None) -> None:
+        if not self.is_away:
+            super().post(change, done)
+        elif done:
+            done(Refused("unavailable", "The feed is away, try again", RETRY_SECONDS))
+
+    async def keep_up(self) -> None:
+        must(not self.is_away, "restart", "Starting over")
+        await self.change({"type": "turn"})
+
+    def beat(self) -> None:
+        """Tell who is here, and see who has told nothing for too long."""
+        asyncio.get_running_loop().call_later(BEAT_SECONDS, self.beat)
+        self.tell()
+        for process in {self.name, *self.here}:
+            self.missed[process] += 1
+            if self.missed[process] > MAX_MISSED and process == self.name:  # PostgreSQL is gone
+                with suppress(Exception), socket.socket(fileno=os.dup(self.feed.fileno())) as line:
+                    line.shutdown(socket.SHUT_RDWR)  # so what waits for it fails
+            elif self.missed[process] > MAX_MISSED:
+                self.show(self.hear(process, {"type": "here", "rooms": {}}))
+                del self.here[process]
+
+    def tell(self) -> None:
+        here = {name: list(room.people) for name, room in self.rooms.items()}
+        self.post({"type": "here", "rooms": here})
+
+    def hear(self, process: str, notice: Event) -> list[Event]:
+        """What is news in a notice of who is where: a person may be in a room at several."""
+        if process not in self.here and process != self.name:
+            self.tell()  # it has just begun
+        known = self.here.get(process, set())
+        moved = {(notice.get("room", ""), notice.get("user", ""))}
+        match notice["type"]:
+            case "joined":
+                known = known | moved
+            case "left":
+                known = known - moved
+            case "here":
+                self.missed[process] = 0
+                known = {(room, user) for room, users in notice["rooms"].items() for user in users}
+        self.here[process] = known
+        before, self.present = self.present, set().union(*self.here.values())
+        left = sorted(before - self.present)
+        news = [{"type": "left", "room": room, "user": user} for room, user in left]
+        for room, user in sorted(self.present - before):
+            role = self.roles.setdefault(user, self.storage.find_person(fold(user))["role"])
+            news.append({"type": "joined", "room": room, "user": user, "role": role})
+        return news
+
+
+# 13. The page =========================================================================
 # One constant, sent as it is: nothing is put into it on the server, so nothing can be
 # smuggled in. Its policy lets exactly this script and this style run, by their hashes.
 
-begin_chapter("12. The page")
+begin_chapter("13. The page")
 
 
 @functools.cache  # at its first use, since the constant stands below

@@ -3509,7 +3509,7 @@ def test_many_who_watch_at_once_cost_a_commit_or_two(client: TestClient) -> None
             assert not any(one.done() for one in asked)
         assert [one.result(20)["status"] for one in asked] == ["ok"] * 20
         assert sum(one == "COMMIT" for one in statements) in (1, 2)
-        assert sum(one.startswith("UPDATE") for one in statements) == 20
+        assert sum(one.startswith("PRAGMA user_version") for one in statements) == 20
 
 
 def test_older_pages_come_over_the_socket(client: TestClient) -> None:
@@ -4172,7 +4172,7 @@ def test_user_made_text_cannot_forge_a_log_line(
     assert "\n" not in record.getMessage()
 
 
-# -- 12. The page --------------------------------------------------------------------------
+# -- 13. The page --------------------------------------------------------------------------
 
 
 def test_the_page_may_run_its_own_script_and_style_only(client: TestClient) -> None:
