@@ -106,13 +106,8 @@ MAX_BACKSLASHES = 100  # of cookies: to unquote them takes Python the square (CV
 # Why something is refused, as an HTTP status. A socket closes with 1008, which is final (RFC 6455,
 # section 7.4.1), or where it may be tried again later, with 1013 (IANA's registry of close codes).
 REFUSALS = {"invalid": 422, "too_long": 422, "unauthorized": 401, "forbidden": 403, "unknown": 404}
-REFUSALS |= {
-    "unknown_room": 404,
-    "conflict": 409,
-    "rate_limited": 429,
-    "unavailable": 503,
-    "restart": 503,
-}
+REFUSALS |= {"unknown_room": 404, "conflict": 409, "rate_limited": 429, "unavailable": 503}
+REFUSALS["restart"] = 503  # with 1012: other processes may be able to
 
 
 class Refused(Exception):
@@ -747,8 +742,7 @@ SEARCHED = 100  # messages that a search reads between two turns of the loop
 Event = dict[str, Any]  # and a change, which becomes one
 Change = Callable[[Event], Awaitable[Event]]  # posts a change, see chapter 9
 ASIDE = ("by", "old", "password")  # what a change needs, and its event does not tell
-# What a full disk does not stop.
-NEED_NO_ROW = ("kick", "joined", "left", "here", "typing", "renewed", "turn")
+NEED_NO_ROW = ("kick", "joined", "left", "here", "typing", "renewed", "turn")  # full disk or not
 
 
 def size_of(event: Event) -> float:
@@ -1140,8 +1134,7 @@ class Logins:
     async def start(self, name: str, stored: str, stay: bool) -> dict[str, Any]:
         """A new log-in, if this is still what is stored of the password; answers its token."""
         sid, now = secrets.token_urlsafe(16), time.time()
-        salt = stored[:32]  # enough to know it by
-        login = {"user": name, "password": salt, "sid": sid, "stays": stay, "at": now}
+        login = {"user": name, "password": stored[:32], "sid": sid, "stays": stay, "at": now}
         await self.change({"type": "login", **login, "ends": now + self.login_seconds})
         return self.make_token(name, sid, now)[0]
 
@@ -2040,10 +2033,9 @@ async def delete_message(me: Me, room: RoomName, id: Id) -> None:
 async def list_users(me: Me, q: NameStart | None = None) -> list[dict[str, Any]]:
     """Who is online. With ``q``: the first 50 whose names begin so; to moderators, the banned."""
     manager = app.state.manager
-    online = {
-        n: {room.name for c in mine for room in c.cursors} for n, mine in manager.clients.items()
-    }
-    for room, name in manager.present:
+    pairs = {(room.name, name) for room in manager.rooms.values() for name in room.people}
+    online: dict[str, set[str]] = {name: set() for name in manager.clients}
+    for room, name in pairs | manager.present:
         online.setdefault(name, set()).add(room)
     here = [(name, manager.roles[name]) for name in sorted(online)]
     users = []
@@ -2336,10 +2328,8 @@ class FeedManager(ConnectionManager):
             raise StartError("CHAT_FEED needs a package: pip install 'psycopg[binary]'") from None
         self.open()
         storage.databases.callback(lambda: self.feed.close())
-        is_behind = True
-        while is_behind:
-            _, came, outcomes = self.exchange([])
-            is_behind = self.take_in(came, outcomes)
+        while self.take_in(*self.exchange([])[1:]):
+            pass
 
     def open(self) -> None:
         """Connect, under a new name; see that feed and file belong together. Raises StartError."""
@@ -2348,8 +2338,7 @@ class FeedManager(ConnectionManager):
         ((cursor, last),) = run(sql).fetchall()
         self.cursor: int = cursor or last
         try:
-            limits = {"autocommit": True, "connect_timeout": 5, "client_encoding": "utf8"}
-            self.feed: Any = self.psycopg.connect(self.url, **limits)
+            self.feed: Any = self.psycopg.connect(self.url, autocommit=True, connect_timeout=5)
             self.feed.pgconn.notify_handler = lambda _: self.posted.set()
             self.feed.execute(FEED_TABLES)
             self.feed.execute(NEW_FEED, (self.storage.epoch, last, last))
@@ -2495,17 +2484,14 @@ class FeedManager(ConnectionManager):
         """What is news in a notice of who is where: a person may be in a room at several."""
         if process not in self.here and process != self.name:
             self.tell()  # it has just begun
-        known = self.here.get(process, set())
-        moved = {(notice.get("room", ""), notice.get("user", ""))}
-        match notice["type"]:
-            case "joined":
-                known = known | moved
-            case "left":
-                known = known - moved
-            case "here":
-                self.missed[process] = 0
-                known = {(room, user) for room, users in notice["rooms"].items() for user in users}
-        self.here[process] = known
+        known = self.here.setdefault(process, set())
+        if notice["type"] == "here":
+            self.missed[process] = 0
+            known = {(room, user) for room, users in notice["rooms"].items() for user in users}
+            self.here[process] = known
+        else:
+            change = known.add if notice["type"] == "joined" else known.discard
+            change((notice["room"], notice["user"]))
         before, self.present = self.present, set().union(*self.here.values())
         left = sorted(before - self.present)
         news = [{"type": "left", "room": room, "user": user} for room, user in left]

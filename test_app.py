@@ -28,9 +28,11 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -311,6 +313,11 @@ def closed(websocket: Any) -> tuple[int, str]:
         while True:
             websocket.receive_text()
     return error.value.code, error.value.reason
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def run_app(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -4170,6 +4177,436 @@ def test_user_made_text_cannot_forge_a_log_line(
     client.post("/login", json={"username": "a\nINFO all is well", "password": "wrong"})
     (record,) = [record for record in caplog.records if "log-in" in record.getMessage()]
     assert "\n" not in record.getMessage()
+
+
+# -- 12. Several processes -----------------------------------------------------------------
+
+
+class Postgres:
+    """A PostgreSQL of its own, in a temporary folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        found = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.get_exec_path())]
+        self.programs = next((one for one in found if (one / "initdb").exists()), None)
+        self.user = {"user": "postgres"} if os.getuid() == 0 else {}  # it will not run as root
+        self.count = 0
+
+    def run(self, program: str, *arguments: str) -> None:
+        assert self.programs
+        subprocess.run(
+            [self.programs / program, *arguments],
+            check=True,
+            timeout=60,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **self.user,  # type: ignore[call-overload]
+        )
+
+    def control(self, *arguments: str) -> None:
+        options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -k {self.folder}"
+        log = str(self.folder / "log")
+        self.run("pg_ctl", "-D", f"{self.folder}/data", "-w", "-l", log, "-o", options, *arguments)
+
+    def url(self, database: str) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    def execute(self, sql: str, database: str = "postgres") -> list[Any]:
+        psycopg = pytest.importorskip("psycopg")
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            done = connection.execute(sql)
+            return list(done.fetchall()) if done.description else []
+
+    def new_database(self) -> str:
+        self.count += 1
+        self.execute(f"CREATE DATABASE feed{self.count}")
+        return f"feed{self.count}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    pytest.importorskip("psycopg")
+    with tempfile.TemporaryDirectory(prefix="feed", dir="/tmp") as name:
+        cluster = Postgres(Path(name))
+        if not cluster.programs:
+            pytest.skip("PostgreSQL is not installed")
+        if os.getuid() == 0:
+            shutil.chown(name, "postgres")
+        data = f"{cluster.folder}/data"
+        cluster.run("initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "-N")
+        cluster.control("start")
+        yield cluster
+        cluster.control("-m", "immediate", "stop")
+
+
+class Feed:
+    """Processes on one feed: each has a folder of its own, with a copy of the same file."""
+
+    def __init__(self, postgres: Postgres, stack: ExitStack, file: Path, folder: Path) -> None:
+        self.postgres, self.stack, self.file, self.folder = postgres, stack, file, folder
+        self.database = postgres.new_database()
+        self.url = postgres.url(self.database)
+
+    def start(self, name: str, file: Path | None = None, **settings: str) -> Server:
+        """A process; ``file``: what it starts from, if it has none yet."""
+        folder = self.folder / name
+        if not folder.exists():
+            folder.mkdir()
+            shutil.copy(file or self.file, folder / "chat.db")
+        server = Server(folder, **{"feed": self.url, "secret": "s" * 32, **settings})
+        self.stack.callback(server.process.wait)
+        self.stack.callback(server.process.kill)
+        return server
+
+    def execute(self, sql: str) -> list[Any]:
+        return self.postgres.execute(sql, self.database)
+
+    def tables(self, *names: str) -> list[str]:
+        """All that the files of these processes have, once they have ended."""
+        found = []
+        for name in names:
+            with closing(sqlite3.connect(self.folder / name / "chat.db")) as db:
+                found.append("\n".join(db.iterdump()))
+        return found
+
+
+@pytest.fixture
+def feed(postgres: Postgres, demo_database: Path, tmp_path: Path) -> Iterator[Feed]:
+    with ExitStack() as stack:
+        yield Feed(postgres, stack, demo_database, tmp_path)
+
+
+def health(server: Server) -> int:
+    try:
+        return 200 if server.request("/healthz") else 0
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for what has no event to wait for: another process's state."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_processes_on_a_feed_have_one_order_and_equal_files(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    secret = one.token()
+    chats = [one.chat(secret), two.chat(secret)]
+    for n in range(50):
+        for side, conversation in enumerate(chats):
+            conversation.say(f"{n} of {side}", f"{side}-{n}")
+    heard = [[c.next("message") for _ in range(100)] for c in chats]
+    assert heard[0] == heard[1]
+    ids = [message["id"] for message in heard[0]]
+    assert ids == sorted(set(ids))
+    assert {message["mid"] for message in heard[0]} == {
+        f"{s}-{n}" for s in (0, 1) for n in range(50)
+    }
+    one.stop()
+    two.stop()
+    feed.start("one").stop()  # reads what came after it had ended
+    feed.start("two").stop()
+    feed.start("one").stop()
+    first, second = feed.tables("one", "two")
+    assert re.sub('INSERT INTO "epoch".*', "", first) == re.sub('INSERT INTO "epoch".*', "", second)
+
+
+def test_a_client_resumes_at_another_process_without_gap_or_repeat(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    secret, writer, seen = one.token(), one.chat(one.token("user2")), list[int]()
+    for n in range(20):
+        place = (one, two)[n % 2]
+        query = f"after={seen[-1]}" if seen else ""
+        websocket = place.connect(
+            f"/ws/chat?{query}", subprotocols=["lobby.v1", f"bearer.{secret}"]
+        )
+        reader = Chat(lambda websocket=websocket: str(websocket.recv(timeout=20)), websocket.send)
+        history = reader.next("history")
+        assert history["complete"]
+        seen += [message["id"] for message in history["messages"]]
+        writer.say(f"{n}", f"m{n}")
+        while (message := reader.next("message"))["text"] != f"{n}":
+            seen.append(message["id"])  # it had not come to this process yet
+        seen.append(message["id"])
+        writer.say(f"{n} while away", f"n{n}")
+        websocket.close()
+    while writer.next("message")["text"] != "19 while away":
+        pass
+    stored = one.request("/rooms/lobby/messages?limit=200", Authorization=f"Bearer {secret}")
+    assert seen == [message["id"] for message in stored["messages"]][: len(seen)]
+    assert len(seen) == 39
+
+
+def test_a_message_sent_again_at_another_process_is_stored_once(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    secret = one.token()
+    first, second = one.chat(secret), two.chat(secret)
+    first.say("once", "m1")
+    original = first.next("message")
+    assert second.next("message") == original
+    second.say("once", "m1")
+    assert second.next("message") == original
+    first.nothing_came()
+
+
+def test_what_ends_sockets_ends_them_at_every_process(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    admin = bearer_of(one.token("admin"))
+    for path, reason in (("kick", "Kicked"), ("ban", "Banned"), ("unban", "")):
+        if reason:
+            websocket = two.connect(f"/ws/protected?token={two.token('user1')}")
+            websocket.recv(timeout=20)
+        one.request(f"/users/user1/{path}", {}, **admin)
+        if reason:
+            with pytest.raises(ConnectionClosed) as ended:
+                websocket.recv(timeout=20)
+            assert ended.value.rcvd and ended.value.rcvd.reason == reason
+    secret = two.token("user1")
+    websocket = two.connect(f"/ws/protected?token={secret}")
+    websocket.recv(timeout=20)
+    request = urllib.request.Request(one.url + "/logout", b"", bearer_of(secret))
+    urllib.request.urlopen(request, timeout=20).close()
+    with pytest.raises(ConnectionClosed) as ended:
+        websocket.recv(timeout=20)
+    assert ended.value.rcvd and ended.value.rcvd.reason == "Unauthorized: Logged out"
+
+
+def test_joined_and_left_are_said_once_for_a_person_over_all_processes(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    watcher = one.chat(one.token("admin"))
+    watcher.next("joined")
+    secret = two.token()
+    here, there = one.connect("/ws/chat", subprotocols=["lobby.v1", f"bearer.{secret}"]), None
+    assert watcher.next() == joined("user1")
+    there = two.chat(secret)
+    there.say("both are here", "m1")
+    assert watcher.next()["mid"] == "m1"
+    here.close()
+    there.say("one is here", "m2")
+    assert watcher.next()["mid"] == "m2"
+    users = two.request("/users", **bearer_of(secret))
+    assert [(user["username"], user["rooms"]) for user in users] == [
+        ("admin", ["lobby"]),
+        ("user1", ["lobby"]),
+    ]
+    two.stop()
+    assert watcher.next() == {"type": "left", "room": "lobby", "user": "user1"}
+
+
+def test_the_people_of_a_process_that_dies_leave_within_15_seconds(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    watcher = one.chat(one.token("admin"))
+    watcher.next("joined")
+    two.chat(two.token())
+    assert watcher.next() == joined("user1")
+    two.stop(signal.SIGKILL)
+    started = time.monotonic()
+    assert watcher.next() == {"type": "left", "room": "lobby", "user": "user1"}
+    assert time.monotonic() - started < 15
+
+
+def test_a_log_in_a_password_and_an_id_of_another_process_count_at_once(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    for n in range(5):
+        name = {"username": f"new{n}", "password": "a password"}
+        one.request("/register", name)
+        two.request("/login", name)
+        secret = one.request("/login", name)["access_token"]
+        assert two.request("/me", **bearer_of(secret))["username"] == f"new{n}"
+
+
+def test_two_admins_who_demote_each_other_at_two_processes_leave_one(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    admin = one.token("admin")
+    request = urllib.request.Request(
+        one.url + "/users/user1/role",
+        b'{"role": "admin"}',
+        bearer_of(admin) | {"Content-Type": "application/json"},
+        method="PUT",
+    )
+    urllib.request.urlopen(request, timeout=20).close()
+    tries = [(one, admin, "user1"), (two, two.token(), "admin")]
+
+    def demote(server: Server, secret: str, whom: str) -> int:
+        return httpx2.put(
+            f"{server.url}/users/{whom}/role", json={"role": "member"}, headers=bearer_of(secret)
+        ).status_code
+
+    with ThreadPoolExecutor(2) as threads:
+        statuses = sorted(threads.map(lambda one: demote(*one), tries))
+    assert statuses == [200, 403]
+
+
+def test_without_postgres_reading_works_and_all_comes_back_after(
+    feed: Feed, postgres: Postgres
+) -> None:
+    server = feed.start("one")
+    secret = server.token()
+    conversation = server.chat(secret)
+    conversation.say("before", "m1")
+    last = conversation.next("message")["id"]
+    postgres.control("-m", "immediate", "stop")
+    try:
+        with pytest.raises(ConnectionClosed) as ended:
+            conversation.next("never")
+        assert ended.value.rcvd and ended.value.rcvd.code == 1012
+        assert health(server) == 503
+        page = server.request("/rooms/lobby/messages", **bearer_of(secret))
+        assert [message["id"] for message in page["messages"]] == [last]
+        waiting = server.chat(secret, f"after={last}")
+        waiting.say("too early", "m2")
+        assert waiting.next("error")["code"] == "unavailable"
+    finally:
+        postgres.control("start")
+    until(lambda: health(server) == 200)
+    waiting.say("after", "m2")
+    assert waiting.next("message")["text"] == "after"
+
+
+def test_a_connection_that_is_cut_ends_the_sockets_and_loses_nothing(feed: Feed) -> None:
+    server = feed.start("one")
+    secret = server.token()
+    conversation = server.chat(secret)
+    conversation.say("before", "m1")
+    last = conversation.next("message")["id"]
+    feed.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid != pg_backend_pid()"
+    )
+    with pytest.raises(ConnectionClosed) as ended:
+        conversation.next("never")
+    assert ended.value.rcvd and ended.value.rcvd.code == 1012
+    until(lambda: health(server) == 200)
+    again = server.chat(secret, f"after={last}")
+    again.say("before", "m1")
+    assert again.next("message")["id"] == last
+
+
+def test_a_postgres_that_does_not_answer_is_given_up_and_taken_up_again(
+    feed: Feed, postgres: Postgres
+) -> None:
+    server = feed.start("one")
+    websocket = server.connect(f"/ws/protected?token={server.token()}")
+    websocket.recv(timeout=20)
+    first = int((postgres.folder / "data/postmaster.pid").read_text().split()[0])
+    children = subprocess.check_output(["pgrep", "-P", str(first)], text=True).split()
+    stopped = [first, *map(int, children)]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ConnectionClosed) as ended:
+            websocket.recv(timeout=20)
+        assert ended.value.rcvd and ended.value.rcvd.code == 1012
+        assert health(server) == 503
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    until(lambda: health(server) == 200, seconds=15)
+
+
+def test_what_is_deleted_and_passwords_that_changed_leave_the_feed(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    one.request("/register", {"username": "ann", "password": "the first"})
+    secret = one.request("/login", {"username": "ann", "password": "the first"})["access_token"]
+    (stored,) = feed.execute("SELECT event->>'password' FROM feed WHERE type = 'register'")
+    assert len(stored[0]) == 32 + 1 + 128
+    said = one.request(
+        "/rooms/lobby/messages", {"text": "a secret", "mid": "m1"}, **bearer_of(secret)
+    )
+    path = f"{two.url}/rooms/lobby/messages"
+    headers = bearer_of(secret)
+    assert httpx2.delete(f"{path}/{said['id']}", headers=headers).status_code == 204
+    again = httpx2.post(path, json={"text": "a secret", "mid": "m1"}, headers=headers)
+    assert again.status_code == 403
+    change = {"old": "the first", "new": "the second"}
+    assert httpx2.put(f"{two.url}/me/password", json=change, headers=headers).status_code == 200
+
+    def left() -> str:
+        return str(feed.execute("SELECT event::text FROM feed"))
+
+    until(lambda: "a secret" not in left() and stored[0][33:] not in left())
+    assert stored[0][:32] in left()  # by which the log-ins before are compared
+    fresh = feed.start("fresh")
+    fresh.request("/login", {"username": "ann", "password": "the second"})
+
+
+def test_what_cannot_be_applied_stops_nobody(feed: Feed) -> None:
+    one, two = feed.start("one"), feed.start("two")
+    conversation = two.chat(one.token())
+    for type, event in (("message", {"type": "message"}), ("role", {"type": "role", "by": 7})):
+        sql = "WITH turn AS (UPDATE lobby SET newest = newest + 1 RETURNING newest) "
+        sql += f"INSERT INTO feed SELECT newest, 'x', '{type}', '{json.dumps(event)}' FROM turn"
+        feed.execute(sql)
+    for n in range(3):
+        conversation.say("all goes on", f"m{n}")
+        assert conversation.next("message")["mid"] == f"m{n}"
+    assert health(one) == health(two) == 200
+    assert "Traceback" in two.log.read_text()
+
+
+def test_a_machine_starts_from_nothing_or_from_a_copy(feed: Feed, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.db"
+    empty.touch()
+    one = feed.start("one", empty)
+    secret = one.token()
+    conversation = one.chat(secret)
+    conversation.say("first", "m1")
+    message = conversation.next("message")
+    with (
+        closing(sqlite3.connect(tmp_path / "one/chat.db")) as db,
+        closing(sqlite3.connect(tmp_path / "copy.db")) as copy,
+    ):
+        db.backup(copy)
+    conversation.say("second", "m2")
+    conversation.next("message")
+    for name, file in (("new", empty), ("copied", tmp_path / "copy.db")):
+        server = feed.start(name, file)
+        found = server.request("/rooms/lobby/messages", **bearer_of(secret))["messages"]
+        assert [one["text"] for one in found] == ["first", "second"]
+        assert found[0] == message
+
+
+def test_a_feed_that_cannot_be_used_ends_the_start_in_one_line(feed: Feed, tmp_path: Path) -> None:
+    server = feed.start("one")
+    conversation = server.chat(server.token())
+    conversation.say("hello", "m1")
+    conversation.next("message")
+    server.stop()
+    file, secret = str(tmp_path / "one/chat.db"), "s" * 32
+    settings = {"CHAT_PORT": "0", "CHAT_SECRET": secret, "CHAT_DB": file, "CHAT_FEED": feed.url}
+
+    def ends_with(line: str, **changed: str) -> None:
+        ended = run_app(**{name: value for name, value in (settings | changed).items() if value})
+        assert ended.returncode == 1
+        assert re.fullmatch(f"Lobby cannot start: {line}\n", ended.stderr), ended.stderr
+
+    ends_with("CHAT_FEED: .*connection.*", CHAT_FEED=f"postgresql://127.0.0.1:{free_port()}/x")
+    ends_with("CHAT_FEED: .*", CHAT_FEED="mysql://127.0.0.1/x")
+    history = "CHAT_FEED has another history than CHAT_DB: .*"
+    feed.execute("UPDATE lobby SET newest = 1")  # restored from a backup
+    ends_with(history)
+    feed.execute("UPDATE lobby SET newest = 100, epoch = 'another'")
+    ends_with(history)
+    ends_with("CHAT_FEED needs a CHAT_SECRET.*", CHAT_SECRET="")
+
+
+def test_without_its_package_the_feed_says_what_to_install(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['psycopg'] = None; import app; app.main()"
+    settings = {"CHAT_FEED": "postgresql://127.0.0.1/x", "CHAT_SECRET": "s" * 32}
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=HERE,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    line = "Lobby cannot start: CHAT_FEED needs a package: pip install 'psycopg[binary]'\n"
+    assert ended.stderr == line
 
 
 # -- 13. The page --------------------------------------------------------------------------
