@@ -2284,7 +2284,7 @@ CREATE TABLE IF NOT EXISTS feed (id bigint PRIMARY KEY, process text, type text,
     fades timestamptz);
 CREATE INDEX IF NOT EXISTS hashes ON feed (id) WHERE type IN ('register', 'password');
 CREATE INDEX IF NOT EXISTS fading ON feed (fades) WHERE fades IS NOT NULL;
-SET jit = off;
+SET jit = off; SET enable_seqscan = off;  -- a plan made for a small table is kept for a large one
 LISTEN lobby;
 """
 NEW_FEED = "INSERT INTO lobby VALUES (true, %s, %s, %s) ON CONFLICT DO NOTHING"
@@ -2356,7 +2356,7 @@ class FeedManager(ConnectionManager):
         run("PRAGMA synchronous = NORMAL")  # what is lost, the feed still has
         self.wipe()
 
-    def exchange(self, changes: Sequence[Event]) -> tuple[int, list[Any], list[Event | Refused]]:
+    def exchange(self, changes: Sequence[Event]) -> tuple[int, Any, Sequence[Any]]:
         """In the database's thread: append changes, then apply what the feed has next. Answers
         the number of the last that was appended, what came, and what became of it."""
         number = 0
@@ -2367,23 +2367,18 @@ class FeedManager(ConnectionManager):
             fields["fading"] = [*NEED_NO_ROW, "health"]
             ((number, _),) = self.feed.execute(APPEND, fields).fetchall()
             self.vain = []
-        came = self.feed.execute(READ, (self.cursor, MAX_BATCH)).fetchall()
-        if not came:
-            return number, [], []
-        for id, _, event in came:
+        came = self.feed.execute(READ, (self.cursor, MAX_BATCH + 1)).fetchall()
+        for self.cursor, _, event in came:
             if event["type"] == "message":
-                event["id"] = id
+                event["id"] = self.cursor
         events = [event for _, _, event in came]
-        moved: Event = {"type": "cursor", "id": came[-1][0]}
-        outcomes = self.storage.apply([*events, moved])
+        moved: Event = {"type": "cursor", "id": self.cursor}
+        outcomes = self.storage.apply([*events, moved]) if came else [moved]
         if isinstance(outcomes.pop(), Refused):  # one is at fault: it is refused alone
             outcomes = [self.storage.apply([event])[0] for event in events]
             self.storage.apply([moved])
-        self.cursor = moved["id"]
         if any(event["type"] in ("deleted", "password") for event in events):
             self.wipe()
-        while self.feed.pgconn.notifies():  # they may have come with an answer
-            self.posted.set()
         return number, came, outcomes
 
     def wipe(self) -> None:
@@ -2396,8 +2391,7 @@ class FeedManager(ConnectionManager):
 
     def take_in(self, came: Sequence[Any], outcomes: Sequence[Event | Refused]) -> bool:
         """Show what came, and tell who posted it what became of it. True if there is more."""
-        taken: list[Posted] = []
-        happened: list[Event | Refused] = []
+        taken, happened = list[Posted](), list[Event | Refused]()
         for (id, process, event), outcome in zip(came, outcomes, strict=True):
             change, done = self.under_way.pop(id, (event, None))
             if done and isinstance(outcome, Refused | Repeated):
@@ -2409,7 +2403,7 @@ class FeedManager(ConnectionManager):
             taken += [(change, done)] * len(news)
             happened += news
         self.happen(taken, happened)
-        return len(came) == MAX_BATCH
+        return len(came) > MAX_BATCH
 
     async def commit_forever(self) -> None:
         self.beat()
@@ -2426,6 +2420,8 @@ class FeedManager(ConnectionManager):
                 self.under_way |= zip(itertools.count(number - len(taken) + 1), taken, strict=False)
                 taken = ()
                 is_behind = self.take_in(came, outcomes)
+            while self.feed.pgconn.notifies():  # they came with an answer
+                self.posted.set()
         except Exception as error:
             await self.start_over(error, taken)
         loop.add_reader(self.feed.fileno(), self.wake)  # PostgreSQL says that others have appended
