@@ -2489,8 +2489,9 @@ class FeedManager(ConnectionManager):
             change = known.add if notice["type"] == "joined" else known.discard
             change((notice["room"], notice["user"]))
         before, self.present = self.present, set().union(*self.here.values())
-        left = sorted(before - self.present)
-        news = [{"type": "left", "room": room, "user": user} for room, user in left]
+        news = [
+            {"type": "left", "room": name, "user": user} for name, user in before - self.present
+        ]
         for room, user in sorted(self.present - before):
             role = self.roles.setdefault(user, self.storage.find_person(fold(user))["role"])
             news.append({"type": "joined", "room": room, "user": user, "role": role})

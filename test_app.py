@@ -4548,6 +4548,31 @@ def test_what_cannot_be_applied_stops_nobody(feed: Feed) -> None:
     assert "Traceback" in two.log.read_text()
 
 
+def test_what_a_full_disk_keeps_out_of_a_replica_comes_when_it_can(
+    feed: Feed, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAT_FEED", feed.url)
+    monkeypatch.setenv("CHAT_SECRET", "s" * 32)
+    with Entered(app) as client:
+        headers = bearer()
+        full_disk(app.state.storage.writer)
+        sent = []
+        status = 201
+        while status == 201:
+            sent.append(secrets.token_urlsafe(2000))
+            body = {"text": sent[-1]}
+            status = client.post("/rooms/lobby/messages", json=body, headers=headers).status_code
+        assert status == 503
+        app.state.storage.thread.submit(
+            app.state.storage.writer.execute, "PRAGMA max_page_count = 100000"
+        ).result()
+        until(lambda: client.get("/healthz").status_code == 200)
+        assert [
+            message["text"]
+            for message in client.get("/rooms/lobby/messages", headers=headers).json()["messages"]
+        ] == sent
+
+
 def test_a_machine_starts_from_nothing_or_from_a_copy(feed: Feed, tmp_path: Path) -> None:
     empty = tmp_path / "empty.db"
     empty.touch()
