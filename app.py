@@ -2424,11 +2424,7 @@ class FeedManager(ConnectionManager):
                 self.posted.set()
         except Exception as error:
             await self.start_over(error, taken)
-        loop.add_reader(self.feed.fileno(), self.wake)  # PostgreSQL says that others have appended
-
-    def wake(self) -> None:
-        asyncio.get_running_loop().remove_reader(self.feed.fileno())
-        self.posted.set()
+        loop.add_reader(self.feed.fileno(), self.posted.set)  # when others have appended
 
     async def start_over(self, error: Exception, taken: Sequence[Posted]) -> None:
         self.is_away, loop = True, asyncio.get_running_loop()
@@ -2489,10 +2485,9 @@ class FeedManager(ConnectionManager):
             change = known.add if notice["type"] == "joined" else known.discard
             change((notice["room"], notice["user"]))
         before, self.present = self.present, set().union(*self.here.values())
-        news = [
-            {"type": "left", "room": name, "user": user} for name, user in before - self.present
-        ]
-        for room, user in sorted(self.present - before):
+        left, entered = before - self.present, self.present - before
+        news = [{"type": "left", "room": room, "user": user} for room, user in left]
+        for room, user in entered:
             role = self.roles.setdefault(user, self.storage.find_person(fold(user))["role"])
             news.append({"type": "joined", "room": room, "user": user, "role": role})
         return news
