@@ -49,7 +49,6 @@ import base64
 import functools
 import gc
 import hashlib
-import importlib
 import ipaddress
 import itertools
 import json
@@ -1192,10 +1191,9 @@ def load_or_create_secret(db: Path) -> bytes:
 
 
 async def find_me(token: Token) -> Any:
-    """Who is asking. A log-in of a moment ago may have to come from another process first."""
     with suppress(Refused):
         return app.state.logins.find_bearer(token)
-    await app.state.manager.keep_up()
+    await app.state.manager.keep_up()  # a log-in of just now may have to come from elsewhere
     return app.state.logins.find_bearer(token)
 
 
@@ -1556,7 +1554,7 @@ class Room:
 class ConnectionManager:
     """Owns the rooms and the clients, and the one way by which anything changes."""
 
-    def __init__(self, storage: Storage, connections: set[Connection]) -> None:
+    def __init__(self, settings: Settings, storage: Storage, connections: set[Connection]) -> None:
         self.storage = storage
         self.connections = connections
         self.rooms: dict[str, Room] = {}
@@ -1897,8 +1895,7 @@ class ChatClient(Client):
                 await self.do(Incoming(type="message", room=room.name, text=line))
             case ["/who"]:
                 people = app.state.manager.people_in(room.name) if room else {"nobody"}
-                here = ", ".join(sorted(people))
-                self.tell({"type": "text", "text": f"Here: {here}"})
+                self.tell({"type": "text", "text": f"Here: {', '.join(sorted(people))}"})
             case ["/msg", name, _, *_]:
                 text = line.split(maxsplit=2)[2]
                 await self.do(Incoming(type="message", to=name, text=text))
@@ -1987,8 +1984,7 @@ async def list_rooms(me: Me, limit: Limit = 100, before: Id = MAX_ID, q: NameSta
     written = [row for person in ("", me.name) for row in storage.rooms(person, limit, before, q)]
     found = dict(sorted(written, key=itemgetter(1), reverse=True)[:limit])
     if len(found) < limit and before:
-        opened = {"lobby", *manager.rooms, *(room for room, _ in manager.present)}
-        named = sorted(room for room in opened if room.startswith(q))
+        named = sorted(room for room in {"lobby", *manager.rooms} if room.startswith(q))
         unwritten = (room for room in named if may_see(room, me) and not storage.is_written(room))
         found |= dict.fromkeys(itertools.islice(unwritten, limit - len(found)), 0)
     online = {room: len(manager.people_in(room)) for room in found}
@@ -2092,9 +2088,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     with closing(Storage(settings.db)) as storage:
         state.settings, state.storage, state.origins = settings, storage, settings.origins
         state.limit, state.connections = RateLimit(settings.rate), set()
-        state.manager = ConnectionManager(storage, state.connections)
-        if settings.feed:
-            state.manager = FeedManager(settings, storage, state.connections)
+        kind = FeedManager if settings.feed else ConnectionManager
+        state.manager = kind(settings, storage, state.connections)
         check_demo_people(settings, storage)
         state.change = state.manager.change
         state.logins = Logins(settings, storage, state.change)
@@ -2268,7 +2263,6 @@ def main() -> None:
 # table in PostgreSQL, numbered in the order of its commits. Each process reads that from where it
 # is, as a client reads a room, and applies and shows what comes, its own included, by chapters 6
 # and 9. So reading stays a local call, all files become equal, and a message's id is its number.
-#
 # Whatever is in doubt, a process starts over: its sockets end with 1012, what waits is refused, and
 # it reads on from the cursor in its file. Clients send again what they have not seen come back.
 
@@ -2279,9 +2273,8 @@ FEED_TABLES = """
 SELECT pg_advisory_xact_lock(1);  -- others may be starting
 -- One row, by which appending takes turns. The feed has all that came after the number `first`.
 CREATE TABLE IF NOT EXISTS lobby (one boolean PRIMARY KEY, epoch text, first bigint, newest bigint);
--- fades: when it is deleted, as it changed nothing.
 CREATE TABLE IF NOT EXISTS feed (id bigint PRIMARY KEY, process text, type text, event json,
-    fades timestamptz);
+    fades timestamptz);  -- when it is deleted, as it changed nothing
 CREATE INDEX IF NOT EXISTS hashes ON feed (id) WHERE type IN ('register', 'password');
 CREATE INDEX IF NOT EXISTS fading ON feed (fades) WHERE fades IS NOT NULL;
 SET jit = off; SET enable_seqscan = off;  -- a plan made for a small table is kept for a large one
@@ -2289,11 +2282,11 @@ LISTEN lobby;
 """
 NEW_FEED = "INSERT INTO lobby VALUES (true, %s, %s, %s) ON CONFLICT DO NOTHING"
 # One statement: a process that stops in the middle of several would hold up all others.
-APPEND = """
+APPEND = f"""
 WITH turn AS (UPDATE lobby SET newest = newest + %(count)s RETURNING newest),
 gone AS (DELETE FROM feed USING turn WHERE fades < now() OR id = ANY(%(vain)s::bigint[])),
 added AS (INSERT INTO feed SELECT newest - %(count)s + number, %(process)s, type, event,
-    CASE WHEN type = ANY(%(fading)s::text[]) THEN now() + interval '1 minute' END FROM turn,
+    CASE WHEN type IN {(*NEED_NO_ROW, "health")} THEN now() + interval '1 minute' END FROM turn,
     unnest(%(types)s::text[], %(events)s::json[]) WITH ORDINALITY e (type, event, number))
 SELECT newest, pg_notify('lobby', '') FROM turn
 """
@@ -2301,9 +2294,8 @@ READ = "SELECT id, process, event FROM feed WHERE id > %s ORDER BY id LIMIT %s"
 WIPE_TEXTS = r"""UPDATE feed SET event =
     regexp_replace(event::text, '"text": "([^"\\]|\\.)*"', '"text": ""')::json
     WHERE id = ANY(%s) AND event->>'text' <> ''"""
-# The salt stays: by it the log-ins that follow are compared.
 WIPE_HASHES = r"""UPDATE feed SET event =
-    regexp_replace(event::text, '("password": "\w+\$)\w+', '\1')::json
+    regexp_replace(event::text, '("password": "\w+\$)\w+', '\1')::json  -- the salt is compared
     WHERE type IN ('register', 'password') AND id <= %s
     AND substring(event::text from '"password": "(\w+)\$\w') <> ALL(%s)"""
 
@@ -2313,7 +2305,7 @@ class FeedManager(ConnectionManager):
 
     def __init__(self, settings: Settings, storage: Storage, connections: set[Connection]) -> None:
         """Read all of the feed. Raises StartError."""
-        super().__init__(storage, connections)
+        super().__init__(settings, storage, connections)
         self.url = settings.feed
         self.under_way: dict[int, Posted] = {}  # by their numbers
         self.vain: list[int] = []  # the numbers of those that changed nothing
@@ -2323,7 +2315,7 @@ class FeedManager(ConnectionManager):
         if not settings.secret:
             raise StartError("CHAT_FEED needs a CHAT_SECRET, the same for all processes")
         try:
-            self.psycopg: Any = importlib.import_module("psycopg")
+            self.psycopg: Any = __import__("psycopg")
         except ImportError:
             raise StartError("CHAT_FEED needs a package: pip install 'psycopg[binary]'") from None
         self.open()
@@ -2334,37 +2326,32 @@ class FeedManager(ConnectionManager):
     def open(self) -> None:
         """Connect, under a new name; see that feed and file belong together. Raises StartError."""
         self.name, run = secrets.token_hex(8), self.storage.writer.execute
-        sql = "SELECT cursor, (SELECT coalesce(max(id), 0) FROM messages) FROM epoch"
-        ((cursor, last),) = run(sql).fetchall()
-        self.cursor: int = cursor or last
+        last = run("SELECT coalesce(max(id), 0) FROM messages").fetchone()[0]
+        self.cursor: int = run("SELECT cursor FROM epoch").fetchone()[0] or last
         try:
             self.feed: Any = self.psycopg.connect(self.url, autocommit=True, connect_timeout=5)
             self.feed.pgconn.notify_handler = lambda _: self.posted.set()
             self.feed.execute(FEED_TABLES)
             self.feed.execute(NEW_FEED, (self.storage.epoch, last, last))
-            found = self.feed.execute("SELECT epoch, first, newest FROM lobby")
-            ((epoch, first, newest),) = found.fetchall()
+            sql = "SELECT epoch, first, newest FROM lobby"
+            ((epoch, first, newest),) = self.feed.execute(sql).fetchall()
         except self.psycopg.Error as error:
             raise StartError(f"CHAT_FEED: {' '.join(str(error).split())}") from None
         if not self.cursor and not run("SELECT 1 FROM people").fetchall():  # a new file
             run("UPDATE epoch SET name = ?", (epoch,))
             self.storage.epoch = epoch
         if epoch != self.storage.epoch or not max(first, last) <= self.cursor <= newest:
-            cure = "start with a copy of a file that is in use with it"
-            raise StartError(f"CHAT_FEED has another history than CHAT_DB: {cure}")
+            raise StartError("CHAT_FEED has another history than CHAT_DB: copy one in use with it")
         self.storage.is_replica = True
         run("PRAGMA synchronous = NORMAL")  # what is lost, the feed still has
         self.wipe()
 
     def exchange(self, changes: Sequence[Event]) -> tuple[int, Any, Sequence[Any]]:
-        """In the database's thread: append changes, then apply what the feed has next. Answers
-        the number of the last that was appended, what came, and what became of it."""
+        """Append changes, apply what comes next; answers the last one's number, and what came."""
         number = 0
         if changes:
             fields: Event = {"count": len(changes), "process": self.name, "vain": self.vain}
-            fields["types"] = [change["type"] for change in changes]
-            fields["events"] = [json.dumps(change) for change in changes]
-            fields["fading"] = [*NEED_NO_ROW, "health"]
+            fields |= {"types": [c["type"] for c in changes], "events": [*map(json.dumps, changes)]}
             ((number, _),) = self.feed.execute(APPEND, fields).fetchall()
             self.vain = []
         came = self.feed.execute(READ, (self.cursor, MAX_BATCH + 1)).fetchall()
