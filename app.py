@@ -2285,7 +2285,7 @@ button, input, textarea, select { font: inherit; color: inherit; min-width: 0; h
   border: 1px solid transparent; border-radius: 8px; }
 input, textarea, select { background: var(--paper); border-color: var(--line);
   border-bottom-color: var(--edge); padding: 0 10px; font-weight: 400 !important; }
-textarea { padding-block: 6px; height: auto; }
+textarea, [type=file] { padding-block: 6px; height: auto; }
 [type=checkbox] { accent-color: var(--accent); width: 14px; height: 14px !important; }
 button { padding: 0 12px; background: none; cursor: pointer; white-space: nowrap; flex: none;
   &:is(:hover, [aria-pressed=true], [aria-expanded=true], [aria-current]) {
@@ -2298,7 +2298,7 @@ button { padding: 0 12px; background: none; cursor: pointer; white-space: nowrap
 :is(.link, .who button):hover, summary:hover b { text-decoration: underline; }
 .icon { width: 34px; padding: 0; display: grid; place-content: center; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-::placeholder { color: var(--dim); opacity: 1; }
+::placeholder { color: var(--dim); opacity: 1; } summary { cursor: pointer; width: fit-content; }
 :is(dialog, #side)::backdrop { background: #15120c66; }
 .chip, mark, .avatar.own, .message.mention, .ask, #strip { --tint: var(--dim);
   background: color-mix(in srgb, var(--tint) var(--share, 10%), transparent); }
@@ -2411,13 +2411,12 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 /* The wire */
 #wire { border-inline-start-width: 1px;
   > header { height: 52px; flex: none; padding: 0 8px 0 16px; button { margin-left: auto; } } }
-summary { cursor: pointer; width: fit-content; }
 #try { padding: 0 16px 10px; > summary { display: none; }
   form, #more { display: grid; gap: 8px; grid-template-columns: minmax(0, 1fr); } }
 #try :is(input, select, textarea), .card, .entry { font: 12px/1.5 var(--mono); }
 #wireTools { gap: 4px; padding: 6px 16px; border-block: 1px solid var(--line);
   > * { height: 28px; font-size: 13px; padding-inline: 8px; } }
-#list { margin-bottom: auto; padding-block: 8px; }
+#list { margin-bottom: auto; padding-block: 8px; } .sentence { font-family: var(--sans); }
 .entry { position: relative; --lane: 29px; padding-inline: 46px 12px;
   .wide > & { padding-inline-start: 60px; } &.second { --lane: 45px; }
   summary { display: block; width: auto; padding-block: 4px; min-height: 46px; } }
@@ -2426,7 +2425,6 @@ summary { cursor: pointer; width: fit-content; }
   > * { flex: none; } > .preview { flex: 0 1 auto; } > b { max-width: calc(100% - 170px); } }
 .number { min-width: 52px; text-align: end; &.ms { margin-inline-start: auto; } }
 .turn { display: none; &::before { content: "›"; } [open] > summary & { rotate: 90deg; } }
-.sentence { font-family: var(--sans); }
 .chip { color: var(--tint);
   &.good { --tint: var(--in); } &.warn { --tint: var(--warn); } &.bad { --tint: var(--wrong); }
   &.switch { background: var(--ink); color: var(--paper); } }
@@ -3369,7 +3367,8 @@ const draw = () => {
 };
 
 // -- What floats: a person's card, what is found, and a dialog that asks for passwords -----------
-const float = (element, anchor) => {
+const float = (element, anchor = element.anchor) => {  // again, once it has grown
+  element.anchor = anchor;
   if (!element.matches(":popover-open")) element.showPopover();
   const {left, bottom} = anchor.getBoundingClientRect();
   const within = (at, most) => `${Math.max(8, Math.min(at, most - 8))}px`;
@@ -3385,7 +3384,7 @@ const askingButton = (label, title, consequence, action) => {
   const yes = button(title, action, /^(Make|Unban)/.test(label) ? ".main" : ".wrong");
   const question = make("div.ask", make("b", `${title}?`), make("p.small.dim", consequence),
     make("p.row", yes, no));
-  const row = button(label, () => { row.replaceWith(question); no.focus(); });
+  const row = button(label, () => { row.replaceWith(question); float($("person")); no.focus(); });
   return row;
 };
 // What the reader may do with somebody.
@@ -3503,7 +3502,8 @@ const REQUESTS = [  // by first line and status, the first that fits; else the r
 ];
 const EVENTS = {
   welcome: ({user, role}) => `The server speaks first: you are ${user}, ${article(role)}.`,
-  presence: ({users}) => `Who is here: ${Object.keys(users).length} people.`,
+  presence: ({users}) =>
+    `Who is here: ${plural(Object.keys(users).length, "person").replace("persons", "people")}.`,
   joined: ({user, room}) => `${user} came into ${room}. A notice: told, not stored.`,
   left: ({user, room}) => `${user} has left ${room}: no socket is open there any more.`,
   deleted: ({id}) => `Message ${id} is gone. Every open page takes it out.`,
