@@ -2324,7 +2324,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   > * { padding: 40px; min-width: 0; } h1 { font-size: 36px; line-height: 1.2; gap: 14px; }
   .mark { width: 48px; height: 48px; } form button { flex: 1; }
   input { height: 38px; font-size: 16px; } }
-.lead { font-size: 17px; margin-block: 20px 24px; } #problem { margin-top: 12px; }
+.lead { font-size: 17px; margin-block: 20px 24px; } :is(#problem, #pasted) { margin-top: 12px; }
 #demo { h2 { margin: 24px 0 8px; } button { border-radius: 17px; } } #byToken { margin-top: 20px; }
 #preview { background: var(--shade); border-inline-start: 1px solid var(--line); display: grid;
   align-content: center; gap: 2px; padding: 32px 24px 32px 18px !important;
@@ -2818,7 +2818,7 @@ const renew = async () => {
 const hearLogIn = (kind, login) => {
   if (!state.login || (kind === "login" ? !state.login.stay : !login)) return;
   const before = claimsOf(state.login), now = login ? claimsOf(login) : {};
-  if (before.sub !== now.sub) return kind === "login" && refuse("Logged out in another tab");
+  if (before.sub !== now.sub) return kind === "login" && refuse("Logged out");
   takeLogIn(login.token, state.login.stay);
   if (before.sid !== now.sid || state.connection === "logged out") connect();
 };
@@ -3369,7 +3369,7 @@ const draw = () => {
 // -- What floats: a person's card, what is found, and a dialog that asks for passwords -----------
 const float = (element, anchor = element.anchor) => {  // again, once it has grown
   element.anchor = anchor;
-  if (!element.matches(":popover-open")) element.showPopover();
+  if (!element.matches(":popover-open")) element.showPopover({source: anchor});
   const {left, bottom} = anchor.getBoundingClientRect();
   const within = (at, most) => `${Math.max(8, Math.min(at, most - 8))}px`;
   element.style.left = within(left, innerWidth - element.offsetWidth);
@@ -3418,7 +3418,6 @@ const showPerson = async (user, anchor) => {
     float(put($("person"), {ariaLabel: user}), anchor);
   };
   show(personOf(user).role, false);
-  if (!may("moderator", "admin")) return;
   const found = await attempt("GET", `users?q=${encodeURIComponent(user)}`) ?? [];
   const one = found.find(({username}) => username === user);
   if (one && $("person").ariaLabel === user) show(personOf(user).role = one.role, one.banned);

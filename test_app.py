@@ -4560,6 +4560,19 @@ def test_rooms_can_be_found_without_knowing_their_names(
     shown(two, "first").wait_for()
 
 
+def test_a_card_tells_the_role_of_whoever_is_away_and_the_tab_key_leads_into_it(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    page.get_by_role("button", name="More people").press("Enter")
+    page.get_by_label("Find a person").fill("admin")
+    page.locator("#found").get_by_role("button", name="admin").press("Enter")
+    page.get_by_role("dialog", name="admin").get_by_text("admin, away").wait_for()
+    page.keyboard.press("Tab")
+    assert page.locator("button:focus").inner_text() == "Message"
+
+
 def test_enter_in_the_finder_opens_a_room_and_writes_nothing_into_it(
     serve: Callable[..., Server], open_page: Callable[..., Any]
 ) -> None:
