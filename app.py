@@ -2527,17 +2527,16 @@ PAGE = r"""<!doctype html>
 * { box-sizing: border-box; margin: 0; } [hidden] { display: none !important; }
 body { font: 15px/1.5 var(--sans); color: var(--ink); background: var(--paper);
   overflow-wrap: break-word; }
-h1, h2, h3, b, .main, button.wrong, .link, .avatar, .chip, .count, .new { font-weight: 600; }
+h1, h2, h3, b, .main, .wrong, .who .cut, .link, .avatar, .chip, .count, .new { font-weight: 600; }
 h2 { font-size: 16px; line-height: 1.4; }
 .small, .problem, .link, time, .day, .new, .notice, .state, #strip, .sentence { font-size: 13px;
   line-height: 1.4; }
 .dim, time, .day, .notice, .state, .preview, .number, .sentence { color: var(--dim); }
-.problem, .delete, .failed .state, .notice.wrong { color: var(--wrong); }
-ul, ol { list-style: none; padding: 0; }
+.problem, .delete, .failed .state, .notice.wrong { color: var(--wrong); font-weight: 400; }
+ul, ol { list-style: none; padding: 0; } .problem:empty { display: none; }
 .row, .day, .new, #side :is(li button, .more) { display: flex; gap: 8px; align-items: center; }
 .grow { flex: 1; min-width: 0; }
-.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.problem:empty { display: none; }
+.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: match-parent; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 svg { width: 16px; height: 16px; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
   stroke-linecap: round; stroke-linejoin: round; }
@@ -2545,8 +2544,8 @@ svg { width: 16px; height: 16px; flex: none; fill: none; stroke: currentColor; s
 button, input, textarea, select { font: inherit; color: inherit; min-width: 0; height: 34px;
   border: 1px solid transparent; border-radius: 8px; }
 input, textarea, select { background: var(--paper); border-color: var(--line);
-  border-bottom-color: var(--edge); padding: 0 10px; }
-textarea { padding-block: 6px; height: auto; }
+  border-bottom-color: var(--edge); padding: 0 10px; font-weight: 400 !important; }
+textarea, [type=file] { padding-block: 6px; height: auto; }
 [type=checkbox] { accent-color: var(--accent); width: 14px; height: 14px !important; }
 button { padding: 0 12px; background: none; cursor: pointer; white-space: nowrap; flex: none;
   &:is(:hover, [aria-pressed=true], [aria-expanded=true], [aria-current]) {
@@ -2559,12 +2558,11 @@ button { padding: 0 12px; background: none; cursor: pointer; white-space: nowrap
 :is(.link, .who button):hover, summary:hover b { text-decoration: underline; }
 .icon { width: 34px; padding: 0; display: grid; place-content: center; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-::placeholder { color: var(--dim); opacity: 1; }
+::placeholder { color: var(--dim); opacity: 1; } summary { cursor: pointer; width: fit-content; }
 :is(dialog, #side)::backdrop { background: #15120c66; }
 .chip, mark, .avatar.own, .message.mention, .ask, #strip { --tint: var(--dim);
   background: color-mix(in srgb, var(--tint) var(--share, 10%), transparent); }
-mark { --share: 26%; color: inherit; }
-mark, #strip { --tint: var(--warn); }
+mark { --share: 26%; color: inherit; } mark, #strip { --tint: var(--warn); }
 .avatar { width: 32px; height: 32px; border-radius: 9px; display: grid; place-content: center;
   flex: none; font-size: 13px; user-select: none;
   background: light-dark(oklch(.92 .045 var(--hue)), oklch(.36 .06 var(--hue)));
@@ -2573,7 +2571,7 @@ mark, #strip { --tint: var(--warn); }
 .badge, .chip { font-size: 12px; line-height: 18px; border-radius: 5px; padding: 0 6px; }
 .badge { background: var(--raised); color: var(--dim); }
 dialog, [popover] { color: inherit; background: var(--paper); border: 1px solid var(--line);
-  border-radius: 12px; padding: 20px; box-shadow: var(--float); }
+  border-radius: 12px; padding: 20px; box-shadow: var(--float); overflow-wrap: anywhere; }
 dialog { width: min(368px, 100% - 32px); margin: auto; }
 :is(dialog, #access) form { display: grid; gap: 16px;
   label:not(.row) { display: grid; gap: 6px; font: 600 13px/1.4 var(--sans); } }
@@ -2586,12 +2584,11 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   > * { padding: 40px; min-width: 0; } h1 { font-size: 36px; line-height: 1.2; gap: 14px; }
   .mark { width: 48px; height: 48px; } form button { flex: 1; }
   input { height: 38px; font-size: 16px; } }
-.lead { font-size: 17px; margin-block: 20px 24px; }
+.lead { font-size: 17px; margin-block: 20px 24px; } :is(#problem, #pasted) { margin-top: 12px; }
 #demo { h2 { margin: 24px 0 8px; } button { border-radius: 17px; } } #byToken { margin-top: 20px; }
 #preview { background: var(--shade); border-inline-start: 1px solid var(--line); display: grid;
   align-content: center; gap: 2px; padding: 32px 24px 32px 18px !important;
-  > :not(ol) { padding-inline-start: 14px; } }
-#sample { margin-top: 24px; }
+  > :not(ol) { padding-inline-start: 14px; } > ol { margin-top: 24px; } }
 
 /* The chat: side bar, header, messages, composer */
 #app { height: 100dvh; display: grid; grid-template: 100dvh / 248px minmax(0, 1fr);
@@ -2620,7 +2617,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 #menu { display: none; position: relative;
   .count { position: absolute; top: -2px; left: 18px; line-height: 16px; padding: 0 4px; } }
 #chatLog, #frames { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; }
-#messages { padding-block: 20px 8px; }
+#messages { padding-block: 20px 16px; }
 .day, .new, .notice, .empty { overflow-anchor: none; }
 .day, .new { gap: 12px; margin: 16px var(--column) 6px; }
 .day::before, .day::after, .new::before { content: ""; flex: 1; border-top: 1px solid var(--line); }
@@ -2634,8 +2631,8 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   &.mention { --tint: var(--accent); --share: 7%; box-shadow: inset 2px 0 var(--accent); }
   > * { grid-column: 2; }
   > .avatar { grid-area: 1 / 1 / 4; margin-top: 3px; } }
-.who { display: flex; gap: 8px; align-items: baseline;
-  button:first-child { height: auto; padding: 0; border: 0; font-weight: 600; background: none; } }
+.who { display: flex; gap: 8px; align-items: baseline; white-space: nowrap;
+  .cut { flex: initial; height: auto; padding: 0; border: 0; background: none; } }
 .text { white-space: pre-wrap; width: fit-content; max-width: 100%;
   code, pre { font: 13px/1.5 var(--mono); background: var(--shade); padding: 1px 4px;
     border: 1px solid var(--line); border-radius: 5px; }
@@ -2645,9 +2642,9 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   &::before { content: ""; position: absolute; inset-inline-start: 31px; width: 10px;
     height: 10px; margin-top: 4px; border: 2px solid var(--edge); border-radius: 50%; }
   .failed &::before { background: var(--wrong); border-color: var(--wrong); border-radius: 2px; } }
-.tools { position: absolute; inset-inline-end: 20px; top: 4px; display: flex; z-index: 1;
+.tools { position: absolute; inset-inline-end: 20px; top: 2px; display: flex; z-index: 1;
   background: var(--paper); border: 1px solid var(--line); border-radius: 8px; user-select: none;
-  .message:not(:hover, :focus-within) & { display: none; }
+  .message:not(:hover, :focus-within) &, .gone & { display: none; }
   > * { height: 28px; font-size: 13px; padding: 0 10px; line-height: 28px; border: 0; } }
 .empty { display: grid; justify-items: center; gap: 10px; padding: 24px; text-align: center;
   .mark { width: 32px; height: 32px; } }
@@ -2663,25 +2660,23 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   font-size: 12px; line-height: 18px; min-height: 18px; color: var(--dim); }
 
 /* What floats */
+:is(.menu, dialog) button { height: auto; min-height: 34px; max-width: 100%; white-space: normal; }
 .menu { width: 272px; padding: 6px; margin: 0; inset: auto;
-  > button, li button { display: block; flex: 1; width: 100%; text-align: start; overflow: hidden;
-    text-overflow: ellipsis; }
-  > :is(div, p, label) { padding: 6px 12px; } input { width: 100%; margin-block: 6px; }
-  ul { max-height: 300px; overflow-y: auto; }
-  li { display: flex; align-items: center; gap: 8px; padding-inline-end: 12px; } }
+  > button, li button { display: block; flex: 1; width: 100%; text-align: start; }
+  > :is(div, p:not(:empty), label) { padding: 6px 12px; } input { width: 100%; margin-block: 6px; }
+  ul { max-height: 300px; overflow-y: auto; } li { padding-inline-end: 12px; } }
 #myMenu { inset: auto auto 60px 8px; }
-.ask { --tint: var(--wrong); border-radius: 8px; }
+.ask { --tint: var(--wrong); border-radius: 8px; .row { flex-wrap: wrap; } }
 
 /* The wire */
 #wire { border-inline-start-width: 1px;
   > header { height: 52px; flex: none; padding: 0 8px 0 16px; button { margin-left: auto; } } }
-summary { cursor: pointer; width: fit-content; }
 #try { padding: 0 16px 10px; > summary { display: none; }
   form, #more { display: grid; gap: 8px; grid-template-columns: minmax(0, 1fr); } }
 #try :is(input, select, textarea), .card, .entry { font: 12px/1.5 var(--mono); }
 #wireTools { gap: 4px; padding: 6px 16px; border-block: 1px solid var(--line);
   > * { height: 28px; font-size: 13px; padding-inline: 8px; } }
-#list { margin-bottom: auto; padding-block: 8px; }
+#list { margin-bottom: auto; padding-block: 8px; } .sentence { font-family: var(--sans); }
 .entry { position: relative; --lane: 29px; padding-inline: 46px 12px;
   .wide > & { padding-inline-start: 60px; } &.second { --lane: 45px; }
   summary { display: block; width: auto; padding-block: 4px; min-height: 46px; } }
@@ -2690,7 +2685,6 @@ summary { cursor: pointer; width: fit-content; }
   > * { flex: none; } > .preview { flex: 0 1 auto; } > b { max-width: calc(100% - 170px); } }
 .number { min-width: 52px; text-align: end; &.ms { margin-inline-start: auto; } }
 .turn { display: none; &::before { content: "›"; } [open] > summary & { rotate: 90deg; } }
-.sentence { font-family: var(--sans); }
 .chip { color: var(--tint);
   &.good { --tint: var(--in); } &.warn { --tint: var(--warn); } &.bad { --tint: var(--wrong); }
   &.switch { background: var(--ink); color: var(--paper); } }
@@ -2714,7 +2708,7 @@ summary { cursor: pointer; width: fit-content; }
   h3 { font: 600 13px/1.4 var(--sans); display: flex; justify-content: space-between; gap: 12px; }
   h3 span { font-weight: 400; color: var(--dim); }
   dl { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 0 12px; }
-  dt { color: var(--dim); }
+  dt { color: var(--dim); } time { margin-inline-start: auto; }
   pre { font: inherit; white-space: pre-wrap; max-height: 340px; overflow-y: auto; } }
 
 /* Small windows, touch, motion */
@@ -2743,6 +2737,7 @@ summary { cursor: pointer; width: fit-content; }
   button:not(.link, .who *), select, input, summary.link { min-height: 40px !important; }
   input, textarea, select { font-size: 16px !important; } .icon { min-width: 40px; }
   .entry summary { min-height: 46px !important; } .turn { display: block; }
+  .tools { inset-block: auto 0; align-items: center; }
   button.link, summary.link { padding-block: 10px; } [type=checkbox] { min-height: 0 !important; }
 }
 @media (prefers-reduced-motion: no-preference) {
@@ -3005,8 +3000,8 @@ const api = async (method, path, json = undefined, shown = undefined) => {
   const {ok, status} = sent.response, value = parsed(sent.answer);  // a proxy may answer no JSON
   if (ok) return value ?? null;
   const detail = value?.detail ?? `The server answered ${status}. Try again later.`;
-  const wrong = Array.isArray(detail) ? detail[0] : {msg: detail, loc: []};
-  throw Object.assign(new Error(wrong.msg), {field: wrong.loc.at(-1), status});
+  const {msg, loc} = Array.isArray(detail) ? detail[0] : {msg: detail, loc: []};
+  throw Object.assign(new Error(msg.replace(/^String/, "It")), {field: loc.at(-1), status});
 };
 const complain = ({message}) => note(`Error: ${message}`, true);  // in the room
 const attempt = (...request) => api(...request).catch(complain);
@@ -3083,7 +3078,7 @@ const renew = async () => {
 const hearLogIn = (kind, login) => {
   if (!state.login || (kind === "login" ? !state.login.stay : !login)) return;
   const before = claimsOf(state.login), now = login ? claimsOf(login) : {};
-  if (before.sub !== now.sub) return kind === "login" && refuse("Logged out in another tab");
+  if (before.sub !== now.sub) return kind === "login" && refuse("Logged out");
   takeLogIn(login.token, state.login.stay);
   if (before.sid !== now.sid || state.connection === "logged out") connect();
 };
@@ -3155,6 +3150,7 @@ const openRoom = (name) => {
   if (room.glanced) room.joined = "no";
   Object.assign(room, {left: -1, refused: "", glanced: false});
   Object.assign(state, {current: room, search: null, arriving: true}); join(room);
+  showSearch(false);
   if (decodeURIComponent(location.hash.slice(1)) !== room.name) location.hash = room.name;
   $("side").hidePopover();
   if (!matchMedia("(pointer: coarse)").matches) $("messageText").focus();
@@ -3419,18 +3415,17 @@ document.addEventListener("visibilitychange", () => {
 
 // -- Drawing the chat --------------------------------------------------------------------------
 const clock = new Intl.DateTimeFormat([], {timeStyle: "short"});
-const calendar = new Intl.DateTimeFormat([], {dateStyle: "full"});
 const moment = new Intl.DateTimeFormat([], {dateStyle: "full", timeStyle: "medium"});
 const plural = (count, word) => `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
 const dayOf = (item) => item.day ??= new Date(item.at * 1_000).toDateString();
 const dayName = (day) => {
   const ago = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(day)) / 86_400_000);
-  return ["Today", "Yesterday"][ago] ?? calendar.format(new Date(day));
+  return ["Today", "Yesterday"][ago] ?? new Date(day).toLocaleDateString([], {dateStyle: "full"});
 };
 // Code in backticks, @names and links; a link ends where a sentence could, in Chinese too.
 const INLINE = new RegExp("(`[^`\\n]+`|(?<![\\p{L}\\p{N}])@[\\p{L}\\p{M}\\p{N}_-]+"
-  + "|https?:\\/\\/[^\\s<>\"（），。；：！？、「」『』《》【】]*"
-  + "[^\\s<>\"（），。；：！？、「」『』《》【】.,:;!?'()[\\]{}])", "iu");
+  + "|https?:\\/\\/(?:\\([^\\s()]*\\)|[^\\s<>\"()（），。；：！？、「」『』《》【】])*"
+  + "(?:\\([^\\s()]*\\)|[^\\s<>\"（），。；：！？、「」『』《》【】.,:;!?'()[\\]{}]))", "iu");
 const marked = (text, q) => {  // what was searched for stands out
   const at = q ? text.toLowerCase().indexOf(q.toLowerCase()) : -1, end = at + q.length;
   return at < 0 ? [text]
@@ -3459,7 +3454,7 @@ const avatar = (user) => {
 };
 const timeOf = (at, words = clock.format(at * 1_000)) => make("time",
   {dateTime: new Date(at * 1_000).toISOString(), title: moment.format(at * 1_000)}, words);
-const whoRow = (user, ...more) => make("div.who", make("button", {tabIndex: -1, dir: "auto",
+const whoRow = (user, ...more) => make("div.who", make("button.cut", {tabIndex: -1, dir: "auto",
   onclick: ({target}) => showPerson(user, target)}, user), ...more);
 const messageRow = keyed((item) => {
   const {user, at, mid} = item, body = make("div.text"), foot = make("p.state");
@@ -3536,7 +3531,7 @@ const searchRows = keyed(({q, found, more}) => {
     : "Searching";
   return [make("p.notice.found-head.row", make("span.grow", {role: "status"}, words),
     ...(more ? [button("More", () => find(q, found), ".link")] : []),
-    button(`Back to ${titleOf(state.current)}`, () => toggleSearch(false), ".link"))];
+    button(`Back to ${titleOf(state.current)}`, endSearch, ".link"))];
 });
 const emptyRow = keyed(() => {
   const row = make("div.empty");
@@ -3632,8 +3627,9 @@ const draw = () => {
 };
 
 // -- What floats: a person's card, what is found, and a dialog that asks for passwords -----------
-const float = (element, anchor) => {
-  if (!element.matches(":popover-open")) element.showPopover();
+const float = (element, anchor = element.anchor) => {  // again, once it has grown
+  element.anchor = anchor;
+  if (!element.matches(":popover-open")) element.showPopover({source: anchor});
   const {left, bottom} = anchor.getBoundingClientRect();
   const within = (at, most) => `${Math.max(8, Math.min(at, most - 8))}px`;
   element.style.left = within(left, innerWidth - element.offsetWidth);
@@ -3648,7 +3644,7 @@ const askingButton = (label, title, consequence, action) => {
   const yes = button(title, action, /^(Make|Unban)/.test(label) ? ".main" : ".wrong");
   const question = make("div.ask", make("b", `${title}?`), make("p.small.dim", consequence),
     make("p.row", yes, no));
-  const row = button(label, () => { row.replaceWith(question); no.focus(); });
+  const row = button(label, () => { row.replaceWith(question); float($("person")); no.focus(); });
   return row;
 };
 // What the reader may do with somebody.
@@ -3675,14 +3671,13 @@ const actionsOn = (user, role, banned) => {
 const showPerson = async (user, anchor) => {
   const show = (role, banned) => {
     const where = banned ? "banned" : isOnline(user) ? "online" : "away";
-    $("person").replaceChildren(make("div.row", avatar(user), make("p", make("b", user),
+    $("person").replaceChildren(make("div.row", avatar(user), make("p.grow", make("b", user),
       make("br"), make("span.small.dim", `${role}, ${where}`))),
     button("Message", () => { $("person").hidePopover(); openRoom(privateWith(user)); }),
     ...actionsOn(user, role, banned));
     float(put($("person"), {ariaLabel: user}), anchor);
   };
   show(personOf(user).role, false);
-  if (!may("moderator", "admin")) return;
   const found = await attempt("GET", `users?q=${encodeURIComponent(user)}`) ?? [];
   const one = found.find(({username}) => username === user);
   if (one && $("person").ariaLabel === user) show(personOf(user).role = one.role, one.banned);
@@ -3694,7 +3689,7 @@ const openFinder = (kind, anchor) => {
   say("finderLabel", kind === "rooms" ? "Find or make a room" : "Find a person");
   float($("finder"), anchor); $("finderText").focus(); lookUp();
 };
-const foundRow = (text, aside, action) => make("li",
+const foundRow = (text, aside, action) => make("li.row",
   button(text, () => { $("finder").hidePopover(); action(); }), make("span.small.dim", aside));
 const foundPerson = ({username, role, banned}) => foundRow(username, banned ? "banned" : role,
   () => showPerson(username, $("morePeople")));
@@ -3766,7 +3761,8 @@ const REQUESTS = [  // by first line and status, the first that fits; else the r
 ];
 const EVENTS = {
   welcome: ({user, role}) => `The server speaks first: you are ${user}, ${article(role)}.`,
-  presence: ({users}) => `Who is here: ${Object.keys(users).length} people.`,
+  presence: ({users}) =>
+    `Who is here: ${plural(Object.keys(users).length, "person").replace("persons", "people")}.`,
   joined: ({user, room}) => `${user} came into ${room}. A notice: told, not stored.`,
   left: ({user, room}) => `${user} has left ${room}: no socket is open there any more.`,
   deleted: ({id}) => `Message ${id} is gone. Every open page takes it out.`,
@@ -3909,7 +3905,7 @@ const cardOf = (entry) => {
   const exact = `${at.toTimeString().slice(0, 8)}.${String(at.getMilliseconds()).padStart(3, "0")}`;
   const links = [headers && button("Copy as curl", () => copy(curlOf(entry)), ".link"),
     again && button("Send again", () => again().catch(() => {}), ".link")].filter(Boolean);
-  return make("div.card", make("div.row.small", ...links, make("span.grow.dim", exact)),
+  return make("div.card", make("div.row.small", ...links, make("time", exact)),
     ...CARDS[kind](entry));
 };
 const chipOf = ({kind, status, code, count, event}) => {
@@ -3955,12 +3951,13 @@ const drawWire = () => {
   const found = until.filter((entry) => [entry.title, entry.status, entry.text, entry.body,
     sentenceOf(entry), ...entry.texts ?? []].join(" ").toLowerCase().includes(wanted));
   arrange($("list"), found.map((entry) => wireRow(entry)));
-  $("list").className = classes(found.some(({lane}) => lane === 1) && "wide",
-    !isExplaining() && "bare");
-  say("pause", pausedAt ? `Paused, ${entries.length - until.length}` : "Pause");
+  const isWide = found.some(({lane, through}) => lane === 1 || through.includes(1));
+  $("list").className = classes(isWide && "wide", !isExplaining() && "bare");
+  put($("pause"), {ariaPressed: String(pausedAt !== null),
+    textContent: pausedAt ? `Paused, ${entries.length - until.length}` : "Pause"});
   say("chapter", `Answered by ${chapterOf(operationOf($("method").value, $("path").value))}`);
 };
-// Opens or closes an entry. Its title stays where it is, and so does what is open, whatever comes.
+// Opens or closes an entry, in sight as a whole if it fits; what is open stays, whatever comes.
 const openEntry = (event) => {
   const row = event.target.closest("summary")?.closest("li");
   if (!row) return;
@@ -3968,6 +3965,7 @@ const openEntry = (event) => {
   const scroller = event.currentTarget, before = topOf(row);
   row.entry.opened = !row.entry.opened; wireRow(row.entry);
   scroller.scrollTop += topOf(row) - before;
+  if (row.entry.opened) row.scrollIntoView({block: "nearest"});
   if (row.entry.opened && scroller.scrollTop > -1) scroller.scrollTop = -1;
 };
 
@@ -3996,13 +3994,14 @@ onSubmit($("credentials"), $("problem"), async ({submitter}) => {
   const tell = (name, words) => {
     say(`${name}Problem`, words); fields[name].ariaInvalid = String(words !== "");
   };
+  state.problem = "";
   for (const name in fields) tell(name, "");
   try {
     if (submitter?.value === "register") await api("POST", "register", credentials);
     enter((await api("POST", "login", {...credentials, stay})).access_token, stay);
   } catch (error) {
     const name = error.field ?? {401: "password", 409: "username"}[error.status];
-    if (!(name in fields)) throw error;
+    if (!(name in fields)) return Object.assign(state, {problem: error.message});
     tell(name, error.message); fields[name].focus();
   }
 });
@@ -4048,17 +4047,18 @@ const toNewest = (room) => {
   if (room.past) Object.assign(room, {joined: "no", last: null});
   join(room); $("chatLog").scrollTop = 0; render();
 };
-const toggleSearch = (open) => {
-  $("searching").hidden = !open; $("search").ariaExpanded = String(open);
-  if (open) $("query").focus(); else openRoom(state.current.name);
+const showSearch = (open, q = "") => {
+  $("searching").hidden = !open; $("search").ariaExpanded = String(open); $("query").value = q;
+  if (open) $("query").focus();
 };
-on("search", "click", () => toggleSearch($("searching").hidden));
+const endSearch = () => openRoom(state.current.name);
+on("search", "click", () => $("searching").hidden ? showSearch(true) : endSearch());
 onSubmit($("searching"), $("hint"), () => find($("query").value.trim()));
 const COMMANDS = [  // what a line may look like, and what it does
   [/^\/msg\s+(\S+)\s+([^]+)/, (user, words) => post(openRoom(privateWith(user)), words)],
   [/^\/join\s+([^]+)/, openRoom],
   [/^\/who$/, () => note(`Here: ${[...state.current.here].sort().join(", ")}`)],
-  [/^\/search\s+([^]+)/, (q) => { toggleSearch(true); $("query").value = q; find(q); }],
+  [/^\/search\s+([^]+)/, (q) => { showSearch(true, q); find(q); }],
   [/^\/help$/, () => note(HELP)],
   [/^\/(\/[^]*)/, (text) => post(state.current, text)],
   [/^([^/][^]*)/, (text) => post(state.current, text)],
@@ -4079,11 +4079,11 @@ on("messageText", "keydown", (event) => {  // 229: Safari's Enter that accepts a
 });
 let typedAt = 0;
 on("messageText", "input", ({target: {value}}) => {
-  keep(draftOf(state.current), value || null);
-  if (value && !value.startsWith("/") && Date.now() - typedAt > 3_000) {
-    typedAt = Date.now(); transmit({type: "typing", room: state.current.name});
-  }
+  const room = state.current;
+  keep(draftOf(room), value || null);
   render();
+  if (!value || value[0] === "/" || room.joined !== "yes" || Date.now() - typedAt < 3_000) return;
+  typedAt = Date.now(); transmit({type: "typing", room: room.name});
 });
 const loadOlder = () => {
   const room = state.current, log = $("chatLog"), before = oldestOf(room);
@@ -4116,8 +4116,9 @@ on("now", "click", () => state.connection === "logged out" ? askAgain() : connec
 on("moreRooms", "click", () => openFinder("rooms", $("moreRooms")));
 on("morePeople", "click", () => openFinder("users", $("morePeople")));
 on("finderText", "input", () => { clearTimeout(lookTimer); lookTimer = setTimeout(lookUp, 150); });
-on("finderText", "keydown", ({key}) => {
-  if (key === "Enter") $("found").querySelector("button")?.click();
+on("finderText", "keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault(); $("found").querySelector("button")?.click();  // not into the new room
 });
 const addressed = () => decodeURIComponent(location.hash.slice(1)) || "lobby";
 addEventListener("hashchange", () => {
@@ -4125,7 +4126,7 @@ addEventListener("hashchange", () => {
 });
 addEventListener("keydown", ({key, target}) => {
   if (key === "Escape" && $("wire").contains(target)) $("closeWire").click();
-  if (key === "Escape" && $("searching").contains(target)) toggleSearch(false);
+  if (key === "Escape" && $("searching").contains(target)) endSearch();
 });
 
 // -- The wire's form ---------------------------------------------------------------------------
@@ -4141,11 +4142,8 @@ on("wireButton", "click", () => showWire($("wire").hidden));
 on("closeWire", "click", () => { showWire(false); $("wireButton").focus(); });
 on("filter", "input", render);
 on("clear", "click", () => { state.entries = []; render(); });
-const press = (button, isPressed) => { button.ariaPressed = String(isPressed); render(); };
-on("explain", "click", ({target}) => press(target, !isExplaining()));
-on("pause", "click", ({target}) => {
-  state.pausedAt = state.pausedAt ? null : new Date(); press(target, state.pausedAt !== null);
-});
+on("explain", "click", ({target}) => { target.ariaPressed = String(!isExplaining()); render(); });
+on("pause", "click", () => { state.pausedAt = state.pausedAt ? null : new Date(); render(); });
 const showEntry = (entry, block) => {
   entry.opened = true; drawWire(); wireRow(entry).scrollIntoView({block});
 };
@@ -4178,6 +4176,7 @@ on("method", "change", ({target}) => {
   const isSocket = target.value === "WS", path = $("path");
   if (isSocket !== path.value.startsWith("/ws"))
     path.value = isSocket ? "/ws/json" : "/inspect/hello?a=1&a=2";
+  if (/GET|HEAD/.test(target.value)) $("kind").value = "no body";  // browsers send none with these
   showForm();
 });
 on("path", "input", render);
@@ -4205,8 +4204,8 @@ const trySocket = async () => {
 onSubmit($("form"), $("formProblem"), async ({submitter}) => {
   const method = $("method").value, [type, body] = bodyOf($("kind").value, $("body").value);
   if (method === "WS" && !tried) return trySocket();
-  if (method === "WS") return submitter === $("go") ? tried.close()
-    : sendFrame(tried, $("frameText").value);
+  if (method === "WS") return submitter === $("go") && document.activeElement !== $("frameText")
+    ? tried.close() : sendFrame(tried, $("frameText").value);  // Enter there presses the first
   const headers = pairs($("headers").value, ":");
   if (type) headers.unshift(["Content-Type", type]);
   if ($("withToken").checked) headers.push(["Authorization", `Bearer ${state.login.token}`]);

@@ -4840,6 +4840,22 @@ def test_what_is_wrong_with_a_log_in_is_said_beside_the_field(
     page.locator("#myName", has_text="admin").wait_for()
 
 
+def test_whoever_may_not_log_in_is_told_why(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    headers = {"Authorization": f"Bearer {server.token('admin')}"}
+    server.request("/users/user2/ban", {}, **headers)
+    page = open_page(server, "", log_in=False)
+    page.fill("#username", "user2")
+    page.fill("#password", "password2")
+    with page.expect_response("**/login"):
+        page.get_by_role("button", name="Log in").click()
+    page.locator("#problem", has_text="Banned").wait_for()
+    page.evaluate("() => draw()")
+    assert page.inner_text("#problem") == "Banned"  # drawing the page anew leaves it there
+
+
 def test_a_log_in_is_renewed_and_kept_for_whoever_wants_that(
     serve: Callable[..., Server], open_page: Callable[..., Any]
 ) -> None:
@@ -4957,6 +4973,8 @@ def test_moderation_in_the_browser(
     shown(admin, "mine").get_by_role("button", name="Delete").click()
     shown(admin, "Delete").get_by_role("button", name="Really delete?").click()
     member.get_by_text("Message deleted").wait_for()
+    shown(admin, "Message deleted").hover()
+    assert admin.get_by_role("button", name="Copy").count() == 0  # nothing is to be done with it
     side(member, "admin").click()
     member.get_by_role("button", name="Message", exact=True).wait_for()
     assert member.get_by_role("button", name="Ban").count() == 0
@@ -5002,6 +5020,106 @@ def test_rooms_can_be_found_without_knowing_their_names(
     two.get_by_role("button", name="Make # imp").wait_for()
     two.get_by_role("button", name="# imports").click()
     shown(two, "first").wait_for()
+
+
+def test_a_card_tells_the_role_of_whoever_is_away_and_the_tab_key_leads_into_it(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    page.get_by_role("button", name="More people").press("Enter")
+    page.get_by_label("Find a person").fill("admin")
+    page.locator("#found").get_by_role("button", name="admin").press("Enter")
+    page.get_by_role("dialog", name="admin").get_by_text("admin, away").wait_for()
+    page.keyboard.press("Tab")
+    assert page.locator("button:focus").inner_text() == "Message"
+
+
+def test_enter_in_the_finder_opens_a_room_and_writes_nothing_into_it(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    page.get_by_role("button", name="More rooms").click()
+    page.get_by_label("Find or make a room").fill("tea")
+    page.get_by_role("button", name="Make # tea").wait_for()
+    page.get_by_label("Find or make a room").press("Enter")
+    page.get_by_text("#tea is new").wait_for()
+    assert page.input_value("#messageText") == ""
+
+
+def test_typing_in_a_room_that_is_refused_is_no_error(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    write(page, "/join two words")
+    page.get_by_text("#two words cannot be opened").wait_for()
+    page.press("#messageText", "x")
+    server.chat(server.token("user2")).say("after it", "m1")
+    page.get_by_role("button", name="lobby 1 unread").wait_for()
+    assert page.locator(".notice.wrong").count() == 0
+
+
+def test_a_search_ends_with_its_room(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    write(page, "/search words")
+    page.get_by_text("0 messages with").wait_for()
+    assert page.input_value("#query") == "words"
+    write(page, "/join tea")
+    page.get_by_text("#tea is new").wait_for()
+    assert page.is_hidden("#query")
+    page.get_by_role("button", name="Search").click()
+    assert page.input_value("#query") == ""
+
+
+def test_long_names_stay_inside(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    name = "A" * 32
+    account = {"username": name, "password": "long enough"}
+    server.request("/register", account)
+    author = server.chat(server.request("/login", account)["access_token"])
+    page = open_page(server, "admin")
+    page.set_viewport_size({"width": 390, "height": 844})
+    author.say("hello", "m1")
+    message = shown(page, "hello")
+    message.wait_for()
+
+    def assert_inside(element: Any, box: dict[str, float]) -> None:
+        inner = element.bounding_box()
+        assert box["x"] <= inner["x"]
+        assert inner["x"] + inner["width"] <= box["x"] + box["width"]
+
+    assert_inside(message.locator("time"), message.bounding_box())
+    message.get_by_role("button", name=name).click(position={"x": 9, "y": 9})
+    card = page.get_by_role("dialog", name=name)
+    card.get_by_role("button", name="Make admin").click()
+    for element in card.locator("b, button").all():
+        assert_inside(element, card.bounding_box())
+    card.get_by_role("button", name="New password").click()
+    dialog = page.get_by_role("dialog", name=f"Set {name}'s password")
+    for element in dialog.locator("h2, input, button").all():
+        assert_inside(element, dialog.bounding_box())
+
+
+def test_links_keep_their_parentheses(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    write(page, "see https://a.org/b_(c) and (https://a.org/d), (https://a.org/e_(f)).")
+    links = shown(page, "see").locator("a")
+    links.nth(2).wait_for()
+    assert links.all_inner_texts() == [
+        "https://a.org/b_(c)",
+        "https://a.org/d",
+        "https://a.org/e_(f)",
+    ]
 
 
 def test_what_is_searched_for_can_be_jumped_to(
@@ -5288,6 +5406,51 @@ def test_the_wires_form_talks_to_the_server(
         entry(page, answered).wait_for()
         wire.get_by_role("button", name="Close", exact=True).click()
         wire.get_by_role("button", name="Open").wait_for()
+
+
+def test_enter_in_the_wires_text_sends_it(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    page.get_by_role("button", name="Wire").click()
+    page.get_by_label("Method").select_option("WS")
+    page.get_by_role("button", name="Open").click()
+    page.locator("#sendFrame:enabled").wait_for()
+    page.get_by_label("Text to send").press("Enter")
+    entry(page, '{"received":{"a":1}}').wait_for()
+
+
+def test_the_wires_form_drops_a_body_that_no_browser_sends(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    page.get_by_role("button", name="Wire").click()
+    page.get_by_role("button", name="Headers and body").click()
+    page.get_by_label("Body", exact=True).select_option("JSON")
+    assert page.input_value("#method") == "POST"
+    page.get_by_label("Method").select_option("GET")
+    page.locator("#go").click()
+    entry(page, "GET /inspect/hello").wait_for()
+    assert page.inner_text("#formProblem") == ""
+
+
+def test_the_newest_entry_of_the_wire_opens_in_sight(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    write_texts(server, 20)
+    page = open_page(server, "user1")
+    page.get_by_role("button", name="Wire").click()
+    for n in range(8):
+        write(page, f"mine {n}")
+        shown(page, f"mine {n}").wait_for()
+    entry(page, "mine 7").click()
+    card = page.locator("#list .card")
+    card.wait_for()
+    frames, box = page.locator("#frames").bounding_box(), card.bounding_box()
+    assert box["y"] + box["height"] <= frames["y"] + frames["height"] + 1
 
 
 def test_somebody_who_comes_costs_the_server_no_request(
