@@ -663,6 +663,7 @@ class StartError(Exception):
     """Why Lobby cannot start, in one line that says what to change."""
 
 
+FEED = r"^postgres(ql)?://([\w.~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})*@?[\w.:,/?=&%+-]*$"
 Origins = Annotated[frozenset[str], BeforeValidator(lambda s: re.findall(r"[^\s,]*[^\s,/]", s))]
 
 
@@ -678,7 +679,7 @@ class Settings(BaseModel, alias_generator=lambda f: f"CHAT_{f.upper()}", populat
     demo_users: bool = True
     rate: float = Field(10, ge=0, allow_inf_nan=False)  # messages a second; 0: no limit
     sockets_per_user: int = Field(20, ge=0)  # 0: no limit
-    feed: str | None = Field(None, pattern="^postgres(ql)?://")  # see chapter 12
+    feed: str | None = Field(None, pattern=FEED)  # chapter 12; or errors would tell its password
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -756,7 +757,7 @@ class Repeated(Event):
 class Storage:
     """People, log-ins and messages in one SQLite file, with two doors: ``query`` and ``apply``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_replica: bool = False) -> None:
         """Open or make the file. Raises StartError if it cannot be used or is in use."""
         path = Path(os.path.realpath(path))
         self.databases = ExitStack()
@@ -765,7 +766,7 @@ class Storage:
         self.searching = asyncio.Lock()
         self.searchers: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.is_failing = False
-        self.is_replica = False  # of a feed (12): what the disk cannot take now, it must take later
+        self.is_replica = is_replica  # of a feed (12): what cannot be stored now must be later
         try:
             # A second process would announce its messages to nobody here: it is kept out.
             self._connect(f"{path.as_uri()}.lock", timeout=0).execute("BEGIN EXCLUSIVE")
@@ -801,6 +802,8 @@ class Storage:
         run("PRAGMA fullfsync = ON;")  # what FULL takes on macOS
         if shape != SHAPE:
             run(f"BEGIN; {TABLES} PRAGMA user_version = {SHAPE}; COMMIT;")
+        if not self.is_replica:  # any more: what happens from now on is in no feed
+            run("UPDATE epoch SET name = hex(randomblob(8)), cursor = 0 WHERE cursor > 0")
 
     def query(self, sql: str, *values: Any) -> list[Any]:
         """All rows, of which there must be few. Raises Refused if the database fails."""
@@ -815,7 +818,8 @@ class Storage:
             log.exception("the database failed %s", where)
         self.is_failing = True
         refusal = Refused("unavailable", "The database failed, try again", retry_after=1)
-        if self.is_replica and isinstance(sys.exception(), sqlite3.OperationalError | Refused):
+        lasting = (sqlite3.OperationalError, sqlite3.DatabaseError, Refused)  # no change's fault
+        if self.is_replica and type(sys.exception()) in lasting:
             raise refusal
         return refusal
 
@@ -1191,8 +1195,11 @@ def load_or_create_secret(db: Path) -> bytes:
 
 
 async def find_me(token: Token) -> Any:
-    with suppress(Refused):
+    try:
         return app.state.logins.find_bearer(token)
+    except Refused as error:
+        if str(error) not in ("Unauthorized: Logged out", "Banned"):
+            raise
     await app.state.manager.keep_up()  # a log-in of just now may have to come from elsewhere
     return app.state.logins.find_bearer(token)
 
@@ -1354,22 +1361,17 @@ async def reset_password(username: Username, new: NewPassword, me: Me) -> None:
     await act(me, "password", username, password=stored)
 
 
-@app.post("/users/{username}/kick")
-async def kick(username: Username, me: Me) -> dict[str, Any]:
-    """Close somebody's sockets, who may come back; for moderators."""
-    return await act(me, "kick", username)
+def moderation(kind: str, words: str, **more: Any) -> None:
+    """Make the route by which a moderator does this to somebody."""
+
+    @app.post(f"/users/{{username}}/{kind}", name=kind, description=words, responses=answers(409))
+    async def route(username: Username, me: Me) -> dict[str, Any]:
+        return await act(me, kind, username, **more)
 
 
-@app.post("/users/{username}/ban", responses=answers(409))
-async def ban(username: Username, me: Me) -> dict[str, Any]:
-    """Let somebody log in and send no more, and close their sockets; for moderators."""
-    return await act(me, "ban", username, banned=True)
-
-
-@app.post("/users/{username}/unban")
-async def unban(username: Username, me: Me) -> dict[str, Any]:
-    """Lift a ban; for moderators."""
-    return await act(me, "unban", username, banned=False)
+moderation("kick", "Close somebody's sockets, who may come back; for moderators.")
+moderation("ban", "Let somebody log in and send no more, and close their sockets.", banned=True)
+moderation("unban", "Lift a ban.", banned=False)
 
 
 # 9. Rooms =============================================================================
@@ -1721,8 +1723,7 @@ app.description = """
 The chat's socket is `/ws/chat?room=lobby`. Its token comes as `Authorization: Bearer`, as `token`
 in the query or, from a browser, as a subprotocol: `["lobby.v1", "bearer." + token]`. With it each
 frame has one or more JSON objects, one a line; without it, lines of text. After a close by anything
-but 1000 and 1008, come back with the newest `id` as `after`, and the `epoch`. Here no socket can be
-tried; the page of `/` has a form for all of them.
+but 1000 and 1008, come back with the newest `id` as `after`, and the `epoch`.
 
 | you send | |
 |---|---|
@@ -2085,7 +2086,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     for name in ("lobby", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).addFilter(hide_secrets)
     settings, state = Settings.from_environment(), app.state
-    with closing(Storage(settings.db)) as storage:
+    with closing(Storage(settings.db, bool(settings.feed))) as storage:
         state.settings, state.storage, state.origins = settings, storage, settings.origins
         state.limit, state.connections = RateLimit(settings.rate), set()
         kind = FeedManager if settings.feed else ConnectionManager
@@ -2229,10 +2230,8 @@ def open_listener(settings: Settings) -> socket.socket:
 def main() -> None:
     try:
         settings = Settings.from_environment()
-        # What the lifespan would refuse at length is refused here, in one line.
-        with closing(Storage(settings.db)) as storage:
-            if settings.feed:
-                FeedManager(settings, storage, set())
+        with closing(Storage(settings.db, bool(settings.feed))) as storage:
+            settings.feed and FeedManager(settings, storage, set())
             check_demo_people(settings, storage)
             settings.secret or load_or_create_secret(settings.db)
         listener = open_listener(settings)
@@ -2278,7 +2277,7 @@ CREATE TABLE IF NOT EXISTS feed (id bigint PRIMARY KEY, process text, type text,
 CREATE INDEX IF NOT EXISTS hashes ON feed (id) WHERE type IN ('register', 'password');
 CREATE INDEX IF NOT EXISTS fading ON feed (fades) WHERE fades IS NOT NULL;
 SET jit = off; SET enable_seqscan = off;  -- a plan made for a small table is kept for a large one
-LISTEN lobby;
+SET lock_timeout = '5s'; LISTEN lobby;
 """
 NEW_FEED = "INSERT INTO lobby VALUES (true, %s, %s, %s) ON CONFLICT DO NOTHING"
 # One statement: a process that stops in the middle of several would hold up all others.
@@ -2326,7 +2325,8 @@ class FeedManager(ConnectionManager):
     def open(self) -> None:
         """Connect, under a new name; see that feed and file belong together. Raises StartError."""
         self.name, run = secrets.token_hex(8), self.storage.writer.execute
-        last = run("SELECT coalesce(max(id), 0) FROM messages").fetchone()[0]
+        sql = "SELECT max(coalesce(max(id), 0), EXISTS (SELECT 1 FROM people)) FROM messages"
+        last = run(sql).fetchone()[0]  # 0: a new file
         self.cursor: int = run("SELECT cursor FROM epoch").fetchone()[0] or last
         try:
             self.feed: Any = self.psycopg.connect(self.url, autocommit=True, connect_timeout=5)
@@ -2337,14 +2337,14 @@ class FeedManager(ConnectionManager):
             ((epoch, first, newest),) = self.feed.execute(sql).fetchall()
         except self.psycopg.Error as error:
             raise StartError(f"CHAT_FEED: {' '.join(str(error).split())}") from None
-        if not self.cursor and not run("SELECT 1 FROM people").fetchall():  # a new file
+        if not self.cursor:
             run("UPDATE epoch SET name = ?", (epoch,))
             self.storage.epoch = epoch
         if epoch != self.storage.epoch or not max(first, last) <= self.cursor <= newest:
             raise StartError("CHAT_FEED has another history than CHAT_DB: copy one in use with it")
-        self.storage.is_replica = True
         run("PRAGMA synchronous = NORMAL")  # what is lost, the feed still has
-        self.wipe()
+        deleted = run("SELECT 'deleted' AS type, id FROM messages WHERE deleted IS NOT NULL")
+        self.wipe([*deleted.fetchall(), {"type": "password"}])
 
     def exchange(self, changes: Sequence[Event]) -> tuple[int, Any, Sequence[Any]]:
         """Append changes, apply what comes next; answers the last one's number, and what came."""
@@ -2364,24 +2364,24 @@ class FeedManager(ConnectionManager):
         if isinstance(outcomes.pop(), Refused):  # one is at fault: it is refused alone
             outcomes = [self.storage.apply([event])[0] for event in events]
             self.storage.apply([moved])
-        if any(event["type"] in ("deleted", "password") for event in events):
-            self.wipe()
+        self.wipe([one for one in outcomes if isinstance(one, dict)])
         return number, came, outcomes
 
-    def wipe(self) -> None:
-        """Take what was deleted, and passwords that were changed, out of the feed as well."""
-        run = self.storage.writer.execute
-        deleted = run("SELECT id FROM messages WHERE deleted >= ?", (self.cursor - WINDOW,))
-        self.feed.execute(WIPE_TEXTS, ([id for (id,) in deleted.fetchall()],))
-        people = run("SELECT substr(password, 1, 32) FROM people").fetchall()
-        self.feed.execute(WIPE_HASHES, (self.cursor, [salt for (salt,) in people]))
+    def wipe(self, events: Sequence[Any]) -> None:
+        """Take what these deleted, and the passwords that they changed, out of the feed as well."""
+        if deleted := [event["id"] for event in events if event["type"] == "deleted"]:
+            self.feed.execute(WIPE_TEXTS, (deleted,))
+        if any(event["type"] == "password" for event in events):
+            salts = self.storage.writer.execute("SELECT substr(password, 1, 32) FROM people")
+            self.feed.execute(WIPE_HASHES, (self.cursor, [salt for (salt,) in salts.fetchall()]))
 
     def take_in(self, came: Sequence[Any], outcomes: Sequence[Event | Refused]) -> bool:
         """Show what came, and tell who posted it what became of it. True if there is more."""
         taken, happened = list[Posted](), list[Event | Refused]()
         for (id, process, event), outcome in zip(came, outcomes, strict=True):
             change, done = self.under_way.pop(id, (event, None))
-            if done and isinstance(outcome, Refused | Repeated):
+            code = "repeated" if isinstance(outcome, Repeated) else getattr(outcome, "code", None)
+            if done and code not in (None, "unavailable"):
                 self.vain.append(id)
             if event["type"] == "message":
                 self.storage.shown = id
@@ -2401,9 +2401,8 @@ class FeedManager(ConnectionManager):
         loop.remove_reader(self.feed.fileno())
         try:
             while is_behind:
-                changes = [change for change, _ in taken]
-                done = loop.run_in_executor(self.storage.thread, self.exchange, changes)
-                number, came, outcomes = await done
+                thread, changes = self.storage.thread, [change for change, _ in taken]
+                number, came, outcomes = await loop.run_in_executor(thread, self.exchange, changes)
                 self.under_way |= zip(itertools.count(number - len(taken) + 1), taken, strict=False)
                 taken = ()
                 is_behind = self.take_in(came, outcomes)
@@ -2420,7 +2419,8 @@ class FeedManager(ConnectionManager):
         waiting = [*self.under_way.values(), *taken, *self.pending]
         self.under_way, self.pending, self.here, self.present = {}, [], {}, set()
         for change, done in waiting:
-            self.post(change, done)
+            with suppress(Exception):
+                self.post(change, done)
         while self.is_away:
             log.warning("starting over: %s", error)
             self.feed.close()

@@ -4517,6 +4517,7 @@ def test_what_is_deleted_and_passwords_that_changed_leave_the_feed(feed: Feed) -
     said = one.request(
         "/rooms/lobby/messages", {"text": "a secret", "mid": "m1"}, **bearer_of(secret)
     )
+    feed.execute("UPDATE lobby SET newest = newest + 5000")  # much has happened since
     path = f"{two.url}/rooms/lobby/messages"
     headers = bearer_of(secret)
     assert httpx2.delete(f"{path}/{said['id']}", headers=headers).status_code == 204
@@ -4617,6 +4618,36 @@ def test_a_feed_that_cannot_be_used_ends_the_start_in_one_line(feed: Feed, tmp_p
     feed.execute("UPDATE lobby SET newest = 100, epoch = 'another'")
     ends_with(history)
     ends_with("CHAT_FEED needs a CHAT_SECRET.*", CHAT_SECRET="")
+    for url in ("lobby:hunter%zz2@h/x", "lobby:hun@hunter2@h/x", "u:hunter2@[h/x"):
+        ends_with("CHAT_FEED: (?!.*hunter).*", CHAT_FEED=f"postgresql://{url}")
+
+
+def test_a_file_with_people_keeps_new_files_out(feed: Feed, tmp_path: Path) -> None:
+    """Who has them, though no message yet, has a past that is not in the feed."""
+    feed.start("one").stop()
+    settings = {"CHAT_PORT": "0", "CHAT_SECRET": "s" * 32, "CHAT_FEED": feed.url}
+    ended = run_app(CHAT_DB=str(tmp_path / "new.db"), **settings)
+    assert "CHAT_FEED has another history than CHAT_DB" in ended.stderr
+
+
+def test_a_file_that_was_used_alone_is_of_the_feed_no_more(feed: Feed, tmp_path: Path) -> None:
+    server = feed.start("one")
+    conversation = server.chat(server.token())
+    conversation.say("hello", "m1")
+    conversation.next("message")
+    server.stop()
+    Server(tmp_path / "one").stop()
+    settings = {"CHAT_PORT": "0", "CHAT_SECRET": "s" * 32, "CHAT_FEED": feed.url}
+    ended = run_app(CHAT_DB=str(tmp_path / "one/chat.db"), **settings)
+    assert "CHAT_FEED has another history than CHAT_DB" in ended.stderr
+
+
+def test_who_is_nobody_costs_the_feed_nothing(feed: Feed) -> None:
+    server = feed.start("one")
+    for headers in ({}, bearer_of("garbage")):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            server.request("/me", **headers)
+    assert feed.execute("SELECT count(*) FROM feed WHERE type = 'turn'") == [(0,)]
 
 
 def test_without_its_package_the_feed_says_what_to_install(tmp_path: Path) -> None:
