@@ -679,7 +679,7 @@ class Settings(BaseModel, alias_generator=lambda f: f"CHAT_{f.upper()}", populat
     demo_users: bool = True
     rate: float = Field(10, ge=0, allow_inf_nan=False)  # messages a second; 0: no limit
     sockets_per_user: int = Field(20, ge=0)  # 0: no limit
-    feed: str | None = Field(None, pattern=FEED)  # chapter 12; or errors would tell its password
+    feed: str | None = Field(None, pattern=FEED)  # see 12; strict, or errors would tell a password
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -707,7 +707,7 @@ TABLES = """
 -- cursor: how much of a feed is in this file, see chapter 12.
 CREATE TABLE epoch (name TEXT NOT NULL, cursor INTEGER NOT NULL);
 INSERT INTO epoch VALUES (lower(hex(randomblob(8))), 0);
--- folded: the name without regard to case. password: its salt and hash.
+-- folded: the name without regard to case. password: its salt, by which it is told, and hash.
 CREATE TABLE people (name TEXT PRIMARY KEY, folded TEXT NOT NULL UNIQUE, password TEXT NOT NULL,
     role TEXT NOT NULL, banned INTEGER NOT NULL DEFAULT 0);
 -- stays: by an expired token it can be renewed as well, until it ends.
@@ -1370,8 +1370,8 @@ def moderation(kind: str, words: str, **more: Any) -> None:
 
 
 moderation("kick", "Close somebody's sockets, who may come back; for moderators.")
-moderation("ban", "Let somebody log in and send no more, and close their sockets.", banned=True)
-moderation("unban", "Lift a ban.", banned=False)
+moderation("ban", "Keep somebody out, and close their sockets; for moderators.", banned=True)
+moderation("unban", "Lift a ban; for moderators.", banned=False)
 
 
 # 9. Rooms =============================================================================
@@ -1881,7 +1881,7 @@ class ChatClient(Client):
             else:
                 await self.obey_plain(line)
         except (ValidationError, Refused) as error:
-            if getattr(error, "code", "") == "restart":
+            if getattr(error, "code", "") == "restart":  # another process may know more
                 raise
             about = json_or_none(line)
             self.tell(error_event(error, about if isinstance(about, dict) else {}))
@@ -1921,7 +1921,7 @@ class ChatClient(Client):
                     self.flush()
                     await asyncio.sleep(wait)  # everybody in the room hears of joins
                 if (event.after or 0) > app.state.storage.shown:
-                    await app.state.manager.keep_up()
+                    await app.state.manager.keep_up()  # it was read at another process
                 self.join(name, event.after, event.epoch)
             case "leave" if room in self.cursors:
                 app.state.manager.leave(self, room)
@@ -2438,7 +2438,7 @@ class FeedManager(ConnectionManager):
         elif done:
             done(Refused("unavailable", "The feed is away, try again", RETRY_SECONDS))
 
-    async def keep_up(self) -> None:
+    async def keep_up(self) -> None:  # when an event of our own comes, all before it has come
         must(not self.is_away, "restart", "Starting over")
         await self.change({"type": "turn"})
 
@@ -2455,7 +2455,7 @@ class FeedManager(ConnectionManager):
                 self.show(self.hear(process, {"type": "here", "rooms": {}}))
                 del self.here[process]
 
-    def tell(self) -> None:
+    def tell(self) -> None:  # who is here, at this process
         here = {name: list(room.people) for name, room in self.rooms.items()}
         self.post({"type": "here", "rooms": here})
 
