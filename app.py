@@ -2528,14 +2528,13 @@ PAGE = r"""<!doctype html>
 body { font: 15px/1.5 var(--sans); color: var(--ink); background: var(--paper);
   overflow-wrap: break-word; }
 h1, h2, h3, b, .main, .wrong, .who .cut, .link, .avatar, .chip, .count, .new { font-weight: 600; }
-h2 { font-size: 16px; line-height: 1.4; }
+h2 { font-size: 16px; line-height: 1.4; } ul, ol { list-style: none; padding: 0; }
 .small, .problem, .link, time, .day, .new, .notice, .state, #strip, .sentence { font-size: 13px;
   line-height: 1.4; }
 .dim, time, .day, .notice, .state, .preview, .number, .sentence { color: var(--dim); }
 .problem, .delete, .failed .state, .notice.wrong { color: var(--wrong); font-weight: 400; }
-ul, ol { list-style: none; padding: 0; } .problem:empty { display: none; }
 .row, .day, .new, #side :is(li button, .more) { display: flex; gap: 8px; align-items: center; }
-.grow { flex: 1; min-width: 0; }
+.grow { flex: 1; min-width: 0; } .problem:empty { display: none; }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: match-parent; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 svg { width: 16px; height: 16px; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
@@ -2559,7 +2558,6 @@ button { padding: 0 12px; background: none; cursor: pointer; white-space: nowrap
 .icon { width: 34px; padding: 0; display: grid; place-content: center; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 ::placeholder { color: var(--dim); opacity: 1; } summary { cursor: pointer; width: fit-content; }
-:is(dialog, #side)::backdrop { background: #15120c66; }
 .chip, mark, .avatar.own, .message.mention, .ask, #strip { --tint: var(--dim);
   background: color-mix(in srgb, var(--tint) var(--share, 10%), transparent); }
 mark { --share: 26%; color: inherit; } mark, #strip { --tint: var(--warn); }
@@ -2568,15 +2566,24 @@ mark { --share: 26%; color: inherit; } mark, #strip { --tint: var(--warn); }
   background: light-dark(oklch(.92 .045 var(--hue)), oklch(.36 .06 var(--hue)));
   color: light-dark(oklch(.42 .11 var(--hue)), oklch(.9 .06 var(--hue)));
   &.own { --tint: var(--accent); color: var(--accent); } }
-.badge, .chip { font-size: 12px; line-height: 18px; border-radius: 5px; padding: 0 6px; }
+.badge, .chip, .count { font-size: 12px; line-height: 18px; border-radius: 5px; padding: 0 6px; }
 .badge { background: var(--raised); color: var(--dim); }
+.count { background: var(--accent); color: var(--on-accent); border-radius: 9px; min-width: 18px;
+  text-align: center; }
+
+/* The log-in, and what floats: menus and dialogs */
 dialog, [popover] { color: inherit; background: var(--paper); border: 1px solid var(--line);
   border-radius: 12px; padding: 20px; box-shadow: var(--float); overflow-wrap: anywhere; }
 dialog { width: min(368px, 100% - 32px); margin: auto; }
+:is(dialog, #side)::backdrop { background: #15120c66; }
+:is(.menu, dialog) button { height: auto; min-height: 34px; max-width: 100%; white-space: normal; }
+.menu { width: 272px; padding: 6px; inset: auto; margin: 4px; position-area: bottom span-right;
+  position-try: flip-block, flip-inline, flip-block flip-inline, right span-all;
+  > button { display: block; width: 100%; text-align: start; }
+  > :is(div, p:not(:empty)) { padding: 6px 12px; } }
+.ask { --tint: var(--wrong); border-radius: 8px; .row { flex-wrap: wrap; } }
 :is(dialog, #access) form { display: grid; gap: 16px;
   label:not(.row) { display: grid; gap: 6px; font: 600 13px/1.4 var(--sans); } }
-
-/* The log-in */
 #access { min-height: 100dvh; display: grid; place-content: center; padding: 24px;
   background: var(--shade); grid-template-columns: min(880px, 100%); }
 #panel { display: grid; grid-template-columns: 384fr 496fr; border-radius: 16px; overflow: hidden;
@@ -2607,17 +2614,15 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   li :is(.unread, [aria-current]) { color: var(--ink); font-weight: 600; } }
 #lists { flex: 1; overflow-y: auto; }
 .sign { width: 16px; text-align: center; flex: none; &.on { color: var(--in); } }
-.count { background: var(--accent); color: var(--on-accent); font-size: 12px; line-height: 20px;
-  min-width: 20px; padding: 0 6px; border-radius: 10px; text-align: center; }
 #me { border-top: 1px solid var(--line); padding-top: 8px; line-height: 1.3; }
 #room { position: relative; container-type: inline-size; }
 #top { flex: none; height: 52px; padding-inline: var(--column);
   border-bottom: 1px solid var(--line); h2 { flex: none; max-width: 60%; } }
 #query { width: min(220px, 40vw); } #status { flex: none; }
-#menu { display: none; position: relative;
-  .count { position: absolute; top: -2px; left: 18px; line-height: 16px; padding: 0 4px; } }
+#menu { display: none; position: relative; .count { position: absolute; top: -2px; left: 16px; } }
 #chatLog, #frames { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; }
-#messages { padding-block: 20px 16px; }
+#messages { padding-block: 20px 16px; &:has(.empty) { margin-block: auto; }
+  &:has(.found-head) { margin-bottom: auto; } }
 .day, .new, .notice, .empty { overflow-anchor: none; }
 .day, .new { gap: 12px; margin: 16px var(--column) 6px; }
 .day::before, .day::after, .new::before { content: ""; flex: 1; border-top: 1px solid var(--line); }
@@ -2629,8 +2634,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   &.grouped { margin-top: 0; padding-top: 1px; > :is(.avatar, .who) { display: none; } }
   &:where(:hover, :focus-within) { background: color-mix(in srgb, var(--ink) 4%, transparent); }
   &.mention { --tint: var(--accent); --share: 7%; box-shadow: inset 2px 0 var(--accent); }
-  > * { grid-column: 2; }
-  > .avatar { grid-area: 1 / 1 / 4; margin-top: 3px; } }
+  > * { grid-column: 2; } > .avatar { grid-area: 1 / 1 / 4; margin-top: 3px; } }
 .who { display: flex; gap: 8px; align-items: baseline; white-space: nowrap;
   .cut { flex: initial; height: auto; padding: 0; border: 0; background: none; } }
 .text { white-space: pre-wrap; width: fit-content; max-width: 100%;
@@ -2644,11 +2648,10 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   .failed &::before { background: var(--wrong); border-color: var(--wrong); border-radius: 2px; } }
 .tools { position: absolute; inset-inline-end: 20px; top: 2px; display: flex; z-index: 1;
   background: var(--paper); border: 1px solid var(--line); border-radius: 8px; user-select: none;
-  .message:not(:hover, :focus-within) &, .gone & { display: none; }
+  .message:not(:hover, :focus-within) & { display: none; }
   > * { height: 28px; font-size: 13px; padding: 0 10px; line-height: 28px; border: 0; } }
 .empty { display: grid; justify-items: center; gap: 10px; padding: 24px; text-align: center;
   .mark { width: 32px; height: 32px; } }
-#messages { &:has(.empty) { margin-block: auto; } &:has(.found-head) { margin-bottom: auto; } }
 #newest { position: absolute; bottom: 90px; left: 50%; translate: -50%; border-radius: 17px; }
 #strip { margin: 4px var(--column); padding: 6px 12px; border-radius: 8px; color: var(--warn); }
 #composer { margin-inline: var(--column); padding: 4px; display: flex; align-items: end;
@@ -2659,28 +2662,21 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 #foot { margin: 4px var(--column) 6px; padding-inline: 8px; display: flex; gap: 12px;
   font-size: 12px; line-height: 18px; min-height: 18px; color: var(--dim); }
 
-/* What floats */
-:is(.menu, dialog) button { height: auto; min-height: 34px; max-width: 100%; white-space: normal; }
-.menu { width: 272px; padding: 6px; margin: 0; inset: auto;
-  > button, li button { display: block; flex: 1; width: 100%; text-align: start; }
-  > :is(div, p:not(:empty), label) { padding: 6px 12px; } input { width: 100%; margin-block: 6px; }
-  ul { max-height: 300px; overflow-y: auto; } li { padding-inline-end: 12px; } }
-#myMenu { inset: auto auto 60px 8px; }
-.ask { --tint: var(--wrong); border-radius: 8px; .row { flex-wrap: wrap; } }
-
 /* The wire */
 #wire { border-inline-start-width: 1px;
   > header { height: 52px; flex: none; padding: 0 8px 0 16px; button { margin-left: auto; } } }
 #try { padding: 0 16px 10px; > summary { display: none; }
-  form, #more { display: grid; gap: 8px; grid-template-columns: minmax(0, 1fr); } }
+  form, #more[open]::details-content { display: grid; gap: 8px;
+    grid-template-columns: minmax(0, 1fr); } }
 #try :is(input, select, textarea), .card, .entry { font: 12px/1.5 var(--mono); }
 #wireTools { gap: 4px; padding: 6px 16px; border-block: 1px solid var(--line);
   > * { height: 28px; font-size: 13px; padding-inline: 8px; } }
 #list { margin-bottom: auto; padding-block: 8px; } .sentence { font-family: var(--sans); }
 .entry { position: relative; --lane: 29px; padding-inline: 46px 12px;
-  .wide > & { padding-inline-start: 60px; } &.second { --lane: 45px; }
+  #list:has(.second) > & { padding-inline-start: 60px; } &.second { --lane: 45px; }
   summary { display: block; width: auto; padding-block: 4px; min-height: 46px; } }
-.bare { summary { min-height: 28px; } .sentence { display: none; } }
+#wire:has(#explain[aria-pressed=false]) { .entry summary { min-height: 28px; }
+  .sentence { display: none; } }
 .head { display: flex; gap: 6px; align-items: center; height: 20px;
   > * { flex: none; } > .preview { flex: 0 1 auto; } > b { max-width: calc(100% - 170px); } }
 .number { min-width: 52px; text-align: end; &.ms { margin-inline-start: auto; } }
@@ -2713,16 +2709,16 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 
 /* Small windows, touch, motion */
 @media (max-width: 1100px) {
-  #app.wired { grid-template-columns: 1fr 1fr; }
-  .wired { #menu { display: grid; } #side:not(:popover-open) { display: none; } }
+  #app.wired { grid-template-columns: 1fr 1fr; #menu { display: grid; }
+    #side:not(:popover-open) { display: none; } }
 }
 @container (max-width: 479px) {
   #who, #top:has(#searching:not([hidden])) :is(h2, #status, #leave) { display: none; }
   #state, #wireButton span { position: absolute; clip-path: inset(50%); }
 }
 @media (max-width: 960px) {
-  #panel { grid-template-columns: minmax(0, 1fr); }
   #access { grid-template-columns: min(496px, 100%); }
+  #panel { grid-template-columns: minmax(0, 1fr); }
   #preview { border: 0; border-top: 1px solid var(--line); }
 }
 @media (max-width: 700px) {
@@ -2811,10 +2807,8 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
       <button id="leave" class="link">Leave</button><span class="grow"></span>
       <p id="status" class="row small dim"><span id="dot" class="sign on"
         aria-hidden="true"></span><span id="state" role="status"></span></p>
-      <form id="searching" role="search" hidden><input id="query" aria-label="Search in this room"
-        placeholder="Search in this room"></form>
-      <button id="search" class="icon" data-icon="search" aria-label="Search"
-        aria-expanded="false"></button>
+      <form id="searching" role="search" hidden><input id="query" spellcheck="false"></form>
+      <button id="search" class="icon" data-icon="search" aria-label="Search"></button>
       <button id="wireButton" class="quiet row" data-icon="wire" aria-label="Wire"
         aria-expanded="false" aria-controls="wire"><span>Wire</span></button></header>
     <div id="chatLog" role="log" aria-label="Messages" tabindex="0"><div id="messages"></div></div>
@@ -2841,16 +2835,14 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
         <div id="socketRow" class="row"><input id="frameText" class="grow" size="1"
           value='{"a": 1}' aria-label="Text to send"><button id="sendFrame"
           class="main">Send text</button></div>
-        <div class="row small"><p id="chapter" class="grow dim cut"></p><button id="fold"
-          class="link" type="button" aria-expanded="false" aria-controls="more">Headers and
-          body</button></div>
-        <div id="more" hidden>
+        <p id="chapter" class="small dim cut"></p>
+        <details id="more"><summary class="link">Headers and body</summary>
           <label class="row small"><input id="withToken" type="checkbox"> With my token</label>
-          <textarea id="headers" rows="1"
-            aria-label="Headers, one a line">X-Example: hello</textarea>
-          <div class="row"><select id="kind" aria-label="Body"><option>no body<option>JSON
-            <option>form<option>file</select><input id="file" type="file" aria-label="File"></div>
-          <textarea id="body" rows="3" aria-label="Body's content"></textarea></div>
+          <textarea id="headers" rows="1" aria-label="Headers, one a line"
+            >X-Example: hello</textarea>
+          <textarea id="body" rows="3" aria-label="Body"
+            placeholder='{"as": "JSON"}, or lines of a form: name=Ann'></textarea>
+          <input id="file" type="file" aria-label="File"></details>
         <p id="formProblem" class="problem" role="alert"></p></form></details>
     <div id="wireTools" class="row"><input id="filter" class="grow" aria-label="Filter" size="1"
       placeholder="Filter: 401, typing, /rooms"><button id="explain"
@@ -2865,64 +2857,58 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   <p id="notifyWhy" class="small dim"></p>
   <button id="logOut">Log out</button></div>
 <div id="person" class="menu" popover role="dialog"></div>
-<div id="finder" class="menu" popover role="dialog" aria-label="Find">
-  <label class="small"><b id="finderLabel"></b><input id="finderText" spellcheck="false"></label>
-  <ul id="found"></ul><p id="foundNothing" class="small dim" role="status"></p></div>
 <dialog id="dialog" aria-labelledby="dialogTitle"></dialog>
 <script>
 "use strict";
 // All that is shown is a function of what is known. Handlers change `state` and call render(), and
 // draw() alone touches the page. The server is asked for nothing that an event has told.
-const $ = (id) => document.getElementById(id);
 const state = {
-  login: null,                      // {token, stay, at}: at is when this browser received it
+  login: null,                      // {token, stay, renewAt}: whether it is kept, and a time in ms
   me: "", epoch: null,              // as the welcome said: who this is, and which database
   connection: "",                   // "connecting", "connected", "reconnecting", "logged out"
   retryIn: 0, why: "", problem: "", // seconds; what is wrong; what the log-in page tells
   rooms: new Map(), current: null,  // key -> room; the one that is shown
-  people: new Map(),                // name -> {user, role}, of all that events have named
+  roles: new Map(),                 // name -> role, of all that events have named
   outbox: new Map(),                // mid -> message that the server has not acknowledged
-  search: null,                     // {q, found, more}, shown instead of the room
-  entries: [], pausedAt: null, operations: [],  // of the wire, oldest first; of /openapi.json
+  search: null,                     // {kind, q, found, more}; what is found stands for the room
+  entries: [], pausedAt: null,      // of the wire, oldest first
+  operations: [], tried: null,      // of /openapi.json; the socket that the wire's form opened
 };
 
 // -- Elements: text goes in as text nodes, never as HTML, so whatever others write stays text ----
-const put = (element, properties) => {  // only what differs: else it would be read aloud again
+const $ = (id) => document.getElementById(id);
+const on = (id, type, action) => $(id).addEventListener(type, action);
+const put = (id, properties) => {  // only what differs: else it would be read aloud again
   for (const [name, value] of Object.entries(properties)) {
-    if (element[name] !== value) element[name] = value;
+    if ($(id)[name] !== value) $(id)[name] = value;
   }
-  return element;
 };
-// make("p.small.dim", {title: "..."}, "text", child); the properties may be left out.
+const say = (id, textContent) => put(id, {textContent});
+// make("p.small", {title: "..."}, "text", child): properties may be left out, and so are children
+// that are false, null or "".
 const make = (kind, ...children) => {
-  const [tag, ...names] = kind.split(".");
+  const [tag, ...names] = kind.split("."), element = document.createElement(tag);
   const properties = children[0]?.constructor === Object ? children.shift() : {};
-  const element = document.createElement(tag);
-  element.append(...children);
-  return Object.assign(element, {className: names.join(" ")}, properties);
+  element.append(...children.flat().filter((child) => child || child === 0));
+  return Object.assign(element, {className: names.filter(Boolean).join(" ")}, properties);
 };
 const button = (text, onclick, kind = "") => make(`button${kind}`, {type: "button", onclick}, text);
-const say = (id, textContent) => put($(id), {textContent});
-const on = (id, type, action) => $(id).addEventListener(type, action);
-const classes = (...names) => names.filter(Boolean).join(" ");
 const icon = (name) => {
   const svg = $("iconTemplate").content.firstChild.cloneNode(true);
   svg.classList.toggle("mark", name === "mark");
   svg.firstChild.setAttribute("href", `#i-${name}`); return svg;
 };
 for (const one of document.querySelectorAll("[data-icon]")) one.prepend(icon(one.dataset.icon));
-// Makes a function from things to their elements. Each is built once and then only updated, so
-// focus, selection and what is unfolded stay. build(thing) returns [element, update].
-const keyed = (build, known = new WeakMap()) => (thing, ...context) => {
-  if (!known.has(thing)) known.set(thing, build(thing));
-  const [element, update] = known.get(thing);
-  update?.(...context); return element;
-};
-// Fills an element anew if what it shows has changed.
-const refill = (element, shown, build) => {
-  const version = String(shown);
-  if (element.version !== version) element.replaceChildren(...build());
-  element.version = version;
+// Makes a function from things to their elements. One is built anew only if what is `shown` of the
+// thing differs, so that selections and what is unfolded stay.
+const cached = (build, elements = new WeakMap()) => (thing, ...shown) => {
+  const before = elements.get(thing), version = JSON.stringify(shown);
+  if (before?.version === version) return before;
+  const element = Object.assign(build(thing, ...shown), {version});
+  const hadFocus = before?.contains(document.activeElement);
+  elements.set(thing, element); before?.replaceWith(element);
+  if (hadFocus) (element.querySelector("summary, li > button") ?? element).focus();
+  return element;
 };
 // Makes these elements the children of a parent; what is in its place already is not touched.
 const arrange = (parent, wanted) => {
@@ -2938,20 +2924,23 @@ const render = () => { drawTimer ||= setTimeout(draw, 16); };
 
 // -- What is kept in the browser ---------------------------------------------------------------
 const parsed = (text) => { try { return JSON.parse(text); } catch { return undefined; } };
-const kept = (name, fallback = null, storage = localStorage) => {
-  try { return parsed(storage.getItem(`lobby.${name}`)) ?? fallback; } catch { return fallback; }
+const kept = (name, fallback = null, storage = "localStorage") => {
+  try { return parsed(window[storage].getItem(`lobby.${name}`)) ?? fallback; }
+  catch { return fallback; }
 };
-const keep = (name, value, storage = localStorage) => {
+const keep = (name, value, storage = "localStorage") => {
   try {
-    if (value === null) storage.removeItem(`lobby.${name}`);
-    else storage.setItem(`lobby.${name}`, JSON.stringify(value));
+    if (value === null) window[storage].removeItem(`lobby.${name}`);
+    else window[storage].setItem(`lobby.${name}`, JSON.stringify(value));
   } catch { state.why = "this browser keeps nothing, so what is not sent goes with the tab"; }
 };
 // What another tab of this browser has sent, read, or learnt about the log-in.
 addEventListener("storage", ({key, newValue}) => {
   const [, kind, user, ...rest] = key?.split(".") ?? [], value = parsed(newValue);
-  if (kind === "login" || kind === "news") hearLogIn(kind, value);
+  if (kind === "login" && value && state.login?.stay
+    && claimsOf(value).sub !== claimsOf(state.login).sub) takeLogIn(state.login.token, false);
   if (user !== state.me) return;
+  if (kind === "news" && value) { takeLogIn(value, state.login.stay); connect(); }
   const room = kind === "read" && state.rooms.get(rest.slice(1).join("."));
   if (room) markRead(room, value);
   if (kind === "outbox" && !value) settle(rest[0]);
@@ -2963,7 +2952,8 @@ const lanes = [null, null];  // the sockets that are open, by their lane of the 
 const bytesOf = (text) => new TextEncoder().encode(text).length;
 const hideSecrets = (text) => text
   .replace(/eyJ[\w-]{7}[\w-]*\.[\w-]+\.[\w-]+/g, (token) => `${token.slice(0, 10)}…`)
-  .replace(/(\\?"password\\?"\s*:\s*)\\?"(?:[^"\\]|\\.)*?\\?"|(password=)[^&\s"]+/g, '$1$2"…"');
+  .replace(/("(?:old|new)":|\\?"password\\?"\s*:\s*)\\?"(?:[^"\\]|\\.)*?\\?"|(password=)[^&\s"]+/g,
+    '$1$2"…"');
 const record = (entry) => {
   const last = state.entries.at(-1), {socket, title, way, texts} = entry;
   render();
@@ -2974,14 +2964,14 @@ const record = (entry) => {
   state.entries.push(Object.assign(entry, {at: new Date(), through, count: 1}));
   state.entries.splice(0, state.entries.length - 300); return entry;
 };
-// Sends a request; it and its answer are one entry. `shown` stands on the wire for a secret body.
-const request = async (method, path, headers = [], body = undefined, shown = body) => {
+// Sends a request; it and its answer are one entry.
+const request = async (method, path, headers = [], body = undefined) => {
   const asked = new Request(path, {method, headers, body}), start = performance.now();
   const line = hideSecrets(asked.url.slice(location.origin.length));
-  const text = typeof shown === "string" ? shown : shown ? "(a form with a file)" : "";
   const entry = record({kind: "http", method, path: line, title: `${method} ${line}`, status: 0,
     headers: [...asked.headers].map(([name, value]) => [name, hideSecrets(value)]),
-    body: hideSecrets(text), again: () => request(method, path, headers, body, shown)});
+    body: body instanceof FormData ? "(a form with a file)" : hideSecrets(body ?? ""),
+    again: () => request(method, path, headers, body)});
   try {
     const response = await fetch(asked), answer = await response.text();
     Object.assign(entry, {status: response.status, reason: response.statusText,
@@ -2993,11 +2983,12 @@ const request = async (method, path, headers = [], body = undefined, shown = bod
   } finally { entry.ms = performance.now() - start; render(); }
 };
 // A request of the page's own: JSON in and out. Throws an Error with the server's words.
-const api = async (method, path, json = undefined, shown = undefined) => {
+const api = async (method, path, json = undefined) => {
   const headers = state.login ? [["Authorization", `Bearer ${state.login.token}`]] : [];
   if (json) headers.push(["Content-Type", "application/json"]);
-  const sent = await request(method, path, headers, json && JSON.stringify(json), shown);
-  const {ok, status} = sent.response, value = parsed(sent.answer);  // a proxy may answer no JSON
+  const {response: {ok, status}, answer} = await request(method, path, headers,
+    json && JSON.stringify(json));
+  const value = parsed(answer);  // a proxy may answer no JSON
   if (ok) return value ?? null;
   const detail = value?.detail ?? `The server answered ${status}. Try again later.`;
   const {msg, loc} = Array.isArray(detail) ? detail[0] : {msg: detail, loc: []};
@@ -3044,43 +3035,37 @@ const sendFrame = (socket, text) => { recordFrame(socket, "out", text); socket.s
 const socketUrl = (path) => new URL(path, location.href.replace(/^http/, "ws").replace(/#.*/, ""));
 
 // -- The log-in: kept, renewed before its end, asked for again where it ends all the same --------
-let renewTimer = 0;
 const claimsOf = ({token}) => {  // what a token says of itself; only the server knows if it is true
   try { return parsed(atob(token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/"))) ?? {}; }
   catch { return {}; }
 };
 const lifeOf = (login) => (claimsOf(login).exp - claimsOf(login).iat) * 1_000 || 3_600_000;
-const keepLogIn = ({stay}, login) => keep("login", login, stay ? localStorage : sessionStorage);
+const keepLogIn = (value) =>
+  keep("login", value, state.login.stay ? "localStorage" : "sessionStorage");
 const takeLogIn = (token, stay) => {
-  if (stay) keep("login", null, sessionStorage);
-  state.login = {token, stay, at: Date.now()}; keepLogIn(state.login, state.login); watchLogIn();
+  if (stay) keep("login", null, "sessionStorage");
+  state.login = {token, stay, renewAt: Date.now() + 0.8 * lifeOf({token})};
+  keepLogIn(state.login);
 };
-const watchLogIn = () => {  // each minute and on waking: timers stop while a computer sleeps
-  clearTimeout(renewTimer);
-  if (!state.login) return;
-  const wait = state.login.at + 0.8 * lifeOf(state.login) - Date.now();
-  if (wait > 0) renewTimer = setTimeout(watchLogIn, Math.min(wait, 60_000)); else renew();
-};
+// The clock is looked at, since a timer would stop while the computer sleeps.
+setInterval(() => { if (Date.now() > state.login?.renewAt) renew(); }, 500);
 // A new token for the same log-in. True: it came; false: it will not; null: nobody can tell yet.
 const renew = async () => {
   const {login} = state;
-  clearTimeout(renewTimer);
+  login.renewAt = Date.now() + Math.min(30_000, lifeOf(login) / 20);  // should this one fail
   try {
     const {access_token: token} = await api("POST", "renew");
     if (login === state.login) takeLogIn(token, login.stay);
-    return true;
   } catch ({status}) {
-    if (login !== state.login || status === 401) return login !== state.login;
-    renewTimer = setTimeout(renew, Math.min(30_000, lifeOf(login) / 20)); return null;
+    if (login === state.login && status !== 401) return null;
+    login.renewAt = Infinity; return login !== state.login;
   }
+  return true;
 };
-// Another tab has logged in or renewed ("login"), changed the password ("news"), or logged out.
-const hearLogIn = (kind, login) => {
-  if (!state.login || (kind === "login" ? !state.login.stay : !login)) return;
-  const before = claimsOf(state.login), now = login ? claimsOf(login) : {};
-  if (before.sub !== now.sub) return kind === "login" && refuse("Logged out");
-  takeLogIn(login.token, state.login.stay);
-  if (before.sid !== now.sid || state.connection === "logged out") connect();
+const enter = (token, stay) => {
+  takeLogIn(token, stay); state.problem = $("password").value = "";
+  if (state.me) for (const news of [token, null]) keep(`news.${state.me}`, news);  // to other tabs
+  connect();
 };
 // The log-in has ended: renew it if it stays, else ask for the password over the page as it is.
 const logInEnded = async (reason) => {
@@ -3110,7 +3095,6 @@ const roomOf = (name) => {
     joined: "no",  // then "asked", then "yes": only when its history is here, all else of it counts
     read: kept(`read.${me}.${epoch}.${key}`), unread: new Set(), newAfter: null,
     here: new Set(), typing: new Map(), loading: false, refused: "", place: 0,
-    past: false, glanced: false,  // these are not the newest; it was read, but is not followed
     left: kept(`left.${me}.${key}`, -1)});  // the last id when it was closed
   return rooms.get(key);
 };
@@ -3123,11 +3107,8 @@ const pendingIn = ({key}) => [...state.outbox.values()].filter(({room}) => keyOf
 const isListed = (room) => room === state.current || pendingIn(room).length
   || (!room.refused && (room.last ?? 0) > room.left);
 const oldestOf = (room) => [...room.items.values()].find(({id}) => id)?.id;
-const personOf = (user) => {
-  if (!state.people.has(user)) state.people.set(user, {user, role: "member"});
-  return state.people.get(user);
-};
-const may = (...roles) => roles.includes(personOf(state.me).role);
+const roleOf = (user) => state.roles.get(user) ?? "member";
+const may = (...roles) => roles.includes(roleOf(state.me));
 const readTo = (room, id) => keep(`read.${state.me}.${state.epoch}.${room.key}`, room.read = id);
 const markRead = (room, id = room.last) => {
   if (id > room.read) readTo(room, id);
@@ -3135,7 +3116,7 @@ const markRead = (room, id = room.last) => {
 };
 const atNewest = () => $("chatLog").scrollTop > -40;  // it counts down from 0, the newest
 const isLooking = (room) =>
-  room === state.current && !document.hidden && atNewest() && !state.search;
+  room === state.current && !document.hidden && atNewest() && !state.search?.found;
 const draftOf = (room) => `draft.${state.me}.${room.key}`;
 const keepRooms = () => keep(`rooms.${state.me}`, [...state.rooms.values()]
   .filter((room) => !isPrivate(room) && room.joined !== "no")
@@ -3143,15 +3124,13 @@ const keepRooms = () => keep(`rooms.${state.me}`, [...state.rooms.values()]
 const openRoom = (name) => {
   const old = state.current, room = roomOf(name);
   if (old && old !== room) {
-    if (!state.search) old.place = $("chatLog").scrollTop;
+    if (!state.search?.found) old.place = $("chatLog").scrollTop;
     if (!old.unread.size) old.newAfter = null;
   }
   if (old !== room) $("messageText").value = kept(draftOf(room), "");
-  if (room.glanced) room.joined = "no";
-  Object.assign(room, {left: -1, refused: "", glanced: false});
+  Object.assign(room, {left: -1, refused: ""});
   Object.assign(state, {current: room, search: null, arriving: true}); join(room);
-  showSearch(false);
-  if (decodeURIComponent(location.hash.slice(1)) !== room.name) location.hash = room.name;
+  if (addressed() !== room.name) location.hash = room.name;
   $("side").hidePopover();
   if (!matchMedia("(pointer: coarse)").matches) $("messageText").focus();
   render(); return room;
@@ -3161,6 +3140,10 @@ const leaveRoom = (room) => {  // a private one is followed on, and comes back w
   else { transmit({type: "leave", room: room.name}); state.rooms.delete(room.key); keepRooms(); }
   openRoom("lobby");
 };
+const addressed = () => decodeURIComponent(location.hash.slice(1)) || "lobby";
+addEventListener("hashchange", () => {
+  if (state.me && keyOf(addressed()) !== state.current.key) openRoom(addressed());
+});
 
 // -- The outbox: what is typed is kept until the server has it ---------------------------------
 let sending = null, answerTimer = 0;  // the mid that waits; one after the other keeps their order
@@ -3177,7 +3160,8 @@ const loadOutbox = () => {
 const post = (room, text) => {
   const mid = crypto.getRandomValues(new Uint32Array(4)).join("-");
   const item = {mid, room: room.name, user: state.me, text, at: Date.now() / 1_000};
-  state.outbox.set(mid, item); keepItem(item); room.newAfter = null; toNewest(room); sendNext();
+  state.outbox.set(mid, item); keepItem(item); room.newAfter = null;
+  $("chatLog").scrollTop = 0; sendNext();
 };
 const sendNext = () => {
   const next = [...state.outbox.values()].find((item) => !item.problem);
@@ -3204,7 +3188,7 @@ const hear = (event) => {
   render();
   if (type === "welcome") return welcome(event);
   if (type === "error") return hearError(event);
-  if (type === "role") return personOf(user).role = event.role;
+  if (type === "role") return state.roles.set(user, event.role);
   const sent = type === "message" && user === state.me ? settle(event.mid) : null;
   const isKnown = state.rooms.has(keyOf(event.room));
   if (!isKnown && !event.room.startsWith("@")) return;  // it was left meanwhile
@@ -3217,9 +3201,9 @@ const hear = (event) => {
   }
   switch (type) {
     case "presence": room.here = new Set(Object.keys(event.users));
-      for (const one of room.here) personOf(one).role = event.users[one];
+      for (const one of room.here) state.roles.set(one, event.users[one]);
       break;
-    case "joined": personOf(user).role = event.role;  // and then as for "left"
+    case "joined": state.roles.set(user, event.role);  // and then as for "left"
     case "left": hearPerson(room, event); break;
     case "message": addMessage(room, Object.assign(sent ?? {}, event), isLooking(room)); break;
     case "deleted": room.unread.delete(id);
@@ -3237,8 +3221,7 @@ const hearHistory = (room, {room: name, messages, more, complete}) => {
   }
   Object.assign(room, {name, joined: "yes", refused: ""});  // named as the server spells it
   if (!room.last || !complete) {
-    const items = complete && !room.past ? room.items : new Map();
-    Object.assign(room, {items, more, last: 0, past: false});
+    Object.assign(room, {items: complete ? room.items : new Map(), more, last: 0});
     if (room.read === null) readTo(room, messages.at(-1)?.id ?? 0);
   }
   for (const message of messages) {
@@ -3246,7 +3229,6 @@ const hearHistory = (room, {room: name, messages, more, complete}) => {
     addMessage(room, Object.assign(sent ?? {}, message), false);
   }
   keepRooms();
-  if (room.glanced) glance();
 };
 const addMessage = (room, message, isSeen) => {
   if (message.id <= room.last) return;
@@ -3257,7 +3239,6 @@ const addMessage = (room, message, isSeen) => {
     room.newCount = room.unread.add(message.id).size;
     if (document.hidden) announce(room, message);
   }
-  if (room.past) return;  // these are not the newest
   room.items.set(message.id, message);
   if (room.items.size <= MOST || (room === state.current && !atNewest())) return;
   for (const key of [...room.items.keys()].slice(0, MOST / 5)) room.items.delete(key);
@@ -3268,7 +3249,7 @@ const addMessage = (room, message, isSeen) => {
 const hearPerson = (room, {type, user}) => {
   if (type === "joined") room.here.add(user); else room.here.delete(user);
   if (type === "left") stopTyping(room, user);
-  if (user === state.me || isPrivate(room) || room.past) return;
+  if (user === state.me || isPrivate(room)) return;
   let last = [...room.items.values()].at(-1);
   if (!last?.joined) room.items.set(last = {joined: new Set(), left: new Set()}, last);
   if (!last[type === "joined" ? "left" : "joined"].delete(user)) last[type].add(user);
@@ -3287,41 +3268,29 @@ const hearError = ({mid, message, room: name, retry_after: wait}) => {
     if (wait) later(() => join(room)); else room.refused = message;
   } else complain({message});
 };
-// A line for the reader alone.
+// A line for the reader alone, in the room: what was found does not stay before it.
 const note = (notice, isWrong = false) => {
   const item = {notice, isWrong};
   state.current?.items.set(item, item); render();
+  if (state.search?.found) endSearch();
 };
 const welcome = ({user, role, epoch, rooms: talks}) => {
   if (state.epoch !== epoch) state.rooms.clear();  // another database
   const isFirst = !state.me, name = state.current?.name ?? addressed();
   Object.assign(state, {me: user, epoch, connection: "connected", why: ""});
-  personOf(user).role = role;
-  const apart = {joined: "no", loading: false, glanced: false};
-  for (const room of state.rooms.values()) Object.assign(room, apart);
+  state.roles.set(user, role);
+  for (const room of state.rooms.values()) Object.assign(room, {joined: "no", loading: false});
   loadOutbox(); roomOf(askedFor).joined = "asked";
   if (isFirst) openRoom(name); else state.current = roomOf(name);
-  const known = kept(`rooms.${user}`, []);
-  for (const one of ["lobby", name, ...known, ...talks.slice(0, FOLLOWED)]) join(roomOf(one));
-  toGlance = talks.map(roomOf).filter((room) => room.joined === "no");
-  glance(); sendNext();
-};
-// More private conversations than a socket may follow: their messages come all the same, and what
-// was written before is read, some at a time, once the last ones have come.
-let toGlance = [];
-const glance = () => {
-  if ([...state.rooms.values()].some((room) => room.glanced && room.joined === "asked")) return;
-  const some = toGlance.splice(0, FOLLOWED);
-  for (const room of some) {
-    Object.assign(room, {joined: "asked", glanced: true, past: true, last: null});
-  }
-  transmit(...some.map(({name}) => ({type: "history", room: name, limit: 20})));
+  const known = kept(`rooms.${user}`, []), followed = talks.map(roomOf).slice(0, FOLLOWED);
+  for (const one of ["lobby", name, ...known]) join(roomOf(one));
+  followed.forEach(join); sendNext();
 };
 
 // -- Notifications: of private messages and mentions, for whoever has asked ---------------------
 const whyNoNotices = () => !isSecureContext ? "Notifications: the browser wants https for them."
-  : window.Notification?.permission === "granted" || window.Notification?.permission === "default"
-    ? "" : "Notifications: this browser was told to allow none.";
+  : ["granted", "default"].includes(window.Notification?.permission) ? ""
+    : "Notifications: this browser was told to allow none.";
 const isNotified = () => !whyNoNotices() && Notification.permission === "granted"
   && kept(`notify.${state.me}`);
 const isMention = (text) => {  // between Chinese words there is no space that could end a name
@@ -3342,12 +3311,10 @@ let retries = 0, retryTimer = 0;  // failed connections in a row
 let askedFor = "";                // the room that the socket's URL names
 const transmit = (...events) => {  // one frame, an event a line
   const lines = events.map((event) => JSON.stringify(event));
-  if (lines[0] && socket?.readyState === WebSocket.OPEN) sendFrame(socket, lines.join("\n"));
+  if (socket?.readyState === WebSocket.OPEN) sendFrame(socket, lines.join("\n"));
 };
-const cursorOf = (room) => {  // after the last message that is here, or the newest page
-  if (room?.past) room.last = null;
-  return room?.last ? {after: room.last, epoch: state.epoch} : {};
-};
+const cursorOf = (room) =>  // after the last message that is here, or the newest page
+  room?.last ? {after: room.last, epoch: state.epoch} : {};
 const join = (room) => {
   if (room.joined !== "no" || state.connection !== "connected") return;
   room.joined = "asked"; transmit({type: "join", room: room.name, ...cursorOf(room)});
@@ -3362,7 +3329,6 @@ const connect = () => {
   hangUp();
   if (state.connection === "logged out") $("dialog").close();
   const {login, current} = state, url = socketUrl("ws/chat");
-  if (Date.now() > login.at + lifeOf(login)) return logInEnded("Token expired");
   askedFor = current?.name ?? "lobby";
   url.search = new URLSearchParams({room: askedFor, ...cursorOf(current)});
   Object.assign(state, {connection: "connecting", retryIn: 0}); render();
@@ -3397,8 +3363,8 @@ const disconnected = (why) => {
 // Back to the log-in page. Nothing of this person stays for the next one to see.
 const refuse = (reason) => {
   hangUp();
-  if (state.login) keepLogIn(state.login, null);
-  for (const kind of [state.rooms, state.people, state.outbox]) kind.clear();
+  if (state.login) keepLogIn(null);
+  for (const kind of [state.rooms, state.roles, state.outbox]) kind.clear();
   Object.assign(state, {login: null, me: "", epoch: null, connection: "", current: null,
     entries: [], search: null, problem: reason});
   for (const floating of document.querySelectorAll(":popover-open")) floating.hidePopover();
@@ -3408,10 +3374,7 @@ const refuse = (reason) => {
 };
 addEventListener("online", () => { if (state.login && !socket) connect(); });
 addEventListener("offline", () => { if (socket) disconnected("offline"); });
-document.addEventListener("visibilitychange", () => {
-  render();
-  if (!document.hidden) watchLogIn();
-});
+document.addEventListener("visibilitychange", render);
 
 // -- Drawing the chat --------------------------------------------------------------------------
 const clock = new Intl.DateTimeFormat([], {timeStyle: "short"});
@@ -3422,6 +3385,8 @@ const dayName = (day) => {
   const ago = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(day)) / 86_400_000);
   return ["Today", "Yesterday"][ago] ?? new Date(day).toLocaleDateString([], {dateStyle: "full"});
 };
+const timeOf = (at, words = clock.format(at * 1_000)) => make("time",
+  {dateTime: new Date(at * 1_000).toISOString(), title: moment.format(at * 1_000)}, words);
 // Code in backticks, @names and links; a link ends where a sentence could, in Chinese too.
 const INLINE = new RegExp("(`[^`\\n]+`|(?<![\\p{L}\\p{N}])@[\\p{L}\\p{M}\\p{N}_-]+"
   + "|https?:\\/\\/(?:\\([^\\s()]*\\)|[^\\s<>\"()（），。；：！？、「」『』《》【】])*"
@@ -3433,71 +3398,59 @@ const marked = (text, q) => {  // what was searched for stands out
 };
 const inline = (text, q) => text.split(INLINE).flatMap((part, index) => {
   if (index % 2 === 0) return marked(part, q);
-  if (part[0] === "`") return make("code", ...marked(part.slice(1, -1), q));
+  if (part[0] === "`") return make("code", marked(part.slice(1, -1), q));
   if (part[0] === "@") return make("b", part);
   return make("a", {href: part, target: "_blank", rel: "noopener noreferrer"}, part);
 });
-// The direction of most letters, not of the first one.
-const directionOf = (text) => {
+const textOf = (text, q = "") => {
   const count = (letters) => text.match(letters)?.length ?? 0;
   const leftward = count(/[\p{sc=Arab}\p{sc=Hebr}\p{sc=Syrc}\p{sc=Thaa}]/gu);
-  return leftward * 2 > count(/\p{L}/gu) ? "rtl" : "ltr";
+  const dir = leftward * 2 > count(/\p{L}/gu) ? "rtl" : "ltr";  // of most letters, not the first
+  return make("div.text", {dir}, text.split(/\n?```(?:\w*\n)?([^]+?)\n?```\n?/).flatMap(
+    (part, index) => index % 2 ? make("pre", {tabIndex: 0}, marked(part, q)) : inline(part, q)));
 };
-const textOf = (text, q = "") => text.split(/\n?```(?:\w*\n)?([^]+?)\n?```\n?/)
-  .flatMap((part, index) =>
-    index % 2 ? make("pre", {tabIndex: 0}, ...marked(part, q)) : inline(part, q));
 const avatar = (user) => {
   const sum = [...user].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 9973, 7);
-  const element = make(`span.avatar${user === state.me ? ".own" : ""}`, {ariaHidden: "true"},
+  const element = make(`span.avatar.${user === state.me ? "own" : ""}`, {ariaHidden: "true"},
     [...user][0].toUpperCase());
   element.style.setProperty("--hue", sum * 137 % 360); return element;
 };
-const timeOf = (at, words = clock.format(at * 1_000)) => make("time",
-  {dateTime: new Date(at * 1_000).toISOString(), title: moment.format(at * 1_000)}, words);
-const whoRow = (user, ...more) => make("div.who", make("button.cut", {tabIndex: -1, dir: "auto",
+const authorOf = (user, ...more) => make("div.who", make("button.cut", {tabIndex: -1, dir: "auto",
   onclick: ({target}) => showPerson(user, target)}, user), ...more);
-const messageRow = keyed((item) => {
-  const {user, at, mid} = item, body = make("div.text"), foot = make("p.state");
-  const label = `${user}, ${moment.format(at * 1_000)}`;
-  const row = make("article", {item, tabIndex: -1, ariaLabel: label}, avatar(user),
-    whoRow(user, timeOf(at)), body, foot);
-  return [row, () => {
-    const {id, gone, grouped, problem} = item, text = gone ? "Message deleted" : item.text;
-    const waits = id ? "" : problem ? `Not sent: ${problem}`
-      : state.connection === "connected" ? "Sending" : "Waiting for the connection";
-    put(body, {dir: directionOf(text)});
-    refill(body, text, () => textOf(text));
-    refill(foot, waits, () => [waits, ...(problem ? [
-      button("Try again", () => tryAgain(item), ".link"),
-      button("Discard", () => settle(mid), ".link")] : [])]);
-    put(foot, {hidden: !waits});
-    put(row, {className: classes("message", grouped && "grouped", gone && "gone",
-      waits && (problem ? "failed" : "waiting"),
-      !gone && user !== state.me && isMention(text) && "mention")});
-  }];
+const toolsOf = ({id, user, room, text, mid, at, grouped}) => {
+  const remove = ({target}) => target.replaceWith(button("Really delete?", () =>
+    attempt("DELETE", `${pathOf(room)}/${id}`), ".delete"));
+  return make("div.tools", grouped && timeOf(at), button("Copy", () => copy(text)),
+    button("On the wire", () => showOnWire(id, mid)),
+    (user === state.me || may("moderator", "admin")) && button("Delete", remove, ".delete"));
+};
+const messageRow = cached((item, kind, waits) => {
+  const {user, at, mid, problem} = item, isDone = kind.includes("done");
+  return make(`article.message.${kind}`, {item, tabIndex: -1,
+    ariaLabel: `${user}, ${moment.format(at * 1_000)}`}, avatar(user), authorOf(user, timeOf(at)),
+  textOf(item.gone ? "Message deleted" : item.text), waits && make("p.state", waits,
+    problem && button("Try again", () => tryAgain(item), ".link"),
+    problem && button("Discard", () => settle(mid), ".link")), isDone && toolsOf(item));
 });
+const lineRow = (kind) => cached((thing, text) => make(kind, text));
+const dayRow = lineRow("p.day"), newRow = lineRow("p.new");
+const noticeRow = lineRow("p.notice"), errorRow = lineRow("p.notice.wrong");
 const listed = (people, word) => {
   const names = [...people].slice(0, 5), rest = people.size - names.length;
   if (rest > 0) names.push(`${rest} more`);
   return names.length ? [`${new Intl.ListFormat("en-GB").format(names)} ${word}`] : [];
 };
-const lineRow = (kind) => keyed(() => {
-  const element = make(kind);
-  return [element, (textContent) => put(element, {textContent})];
-});
-const dayRow = lineRow("p.day"), newRow = lineRow("p.new");
-const noticeRow = lineRow("p.notice"), errorRow = lineRow("p.notice.wrong");
 const rowsOf = (room) => {
   const rows = [];
   let head = null, day = "", isMarked = room.newAfter === null;
   for (const item of [...room.items.values(), ...pendingIn(room)]) {
-    const {user, at, id, joined, left} = item;
+    const {user, at, id, joined, left, gone, problem} = item;
     const notice = joined ? [...listed(joined, "joined"), ...listed(left, "left")].join(", ")
       : item.notice;
     if (notice) rows.push((item.isWrong ? errorRow : noticeRow)(item, notice));
     if (!user) continue;
-    const isNextDay = dayOf(item) !== day;
-    const isFirstNew = !isMarked && id > room.newAfter && user !== state.me;
+    const isNextDay = dayOf(item) !== day, isOwn = user === state.me;
+    const isFirstNew = !isMarked && id > room.newAfter && !isOwn;
     if (isNextDay) rows.push(dayRow(item, dayName(day = item.day)));
     if (isFirstNew) rows.push(newRow(room, `${room.newCount} new`));
     isMarked ||= isFirstNew;
@@ -3505,7 +3458,13 @@ const rowsOf = (room) => {
     item.grouped = item.grouped !== false && !isNextDay && !isFirstNew && head?.user === user
       && at - head.at < 300;
     if (!item.grouped) head = item;
-    rows.push(messageRow(item));
+    const waits = id ? "" : problem ? `Not sent: ${problem}`
+      : state.connection === "connected" ? "Sending" : "Waiting for the connection";
+    item.isMention ??= !isOwn && isMention(item.text);
+    const kinds = {grouped: item.grouped, gone, failed: problem, waiting: waits && !problem,
+      done: id && !gone, mention: !gone && item.isMention, mayDelete: may("moderator", "admin")};
+    const kind = Object.keys(kinds).filter((one) => kinds[one]).join(".");
+    rows.push(messageRow(item, kind, waits));
   }
   return rows;
 };
@@ -3522,61 +3481,42 @@ const quietly = () => {  // a screen reader hears only news
   $("chatLog").ariaLive = "off";
   setTimeout(() => { $("chatLog").ariaLive = "polite"; }, 500);
 };
-const hitRow = keyed((hit) => [make("article.message", avatar(hit.user), whoRow(hit.user,
-  timeOf(hit.at, `${dayName(dayOf(hit))} ${clock.format(hit.at * 1_000)}`),
-  button("Go there", () => jump(hit), ".link")),
-make("div.text", {dir: directionOf(hit.text)}, ...textOf(hit.text, state.search.q)))]);
-const searchRows = keyed(({q, found, more}) => {
-  const words = found ? `${plural(found.length, "message")} with “${q}”, newest first`
-    : "Searching";
-  return [make("p.notice.found-head.row", make("span.grow", {role: "status"}, words),
-    ...(more ? [button("More", () => find(q, found), ".link")] : []),
-    button(`Back to ${titleOf(state.current)}`, endSearch, ".link"))];
-});
-const emptyRow = keyed(() => {
-  const row = make("div.empty");
-  return [row, (room) => {
-    const isTalk = isPrivate(room), name = isTalk ? titleOf(room) : `#${room.name}`;
-    const title = room.refused ? `${name} cannot be opened`
-      : isTalk ? `You and ${name}` : `${name} is new`;
-    const words = room.refused || (isTalk ? "Nobody else sees what you write here."
-      : "Write the first line. All who join later will find it here.");
-    refill(row, [title, words], () => [icon("mark"), make("h2", title), make("p.dim", words)]);
-  }];
-});
-const sideRow = keyed(() => {
-  const line = make("button");
-  return [make("li", line), (name, {sign, badge, unread = 0, isCurrent = false, action}) => {
-    put(line, {onclick: action, className: unread ? "unread" : "",
-      ariaCurrent: isCurrent ? "true" : null});
-    refill(line, [sign, name, unread, badge], () => [
-      make(sign === "●" ? "span.sign.on" : "span.sign", {ariaHidden: "true"}, sign),
-      make("span.cut.grow", {dir: "auto"}, name),
-      ...(unread ? [make("span.count", unread), make("span.unseen", "unread")]
-        : badge ? [make("span.badge", badge)] : [])]);
-  }];
-});
+const emptyRow = cached((room, title, words) =>
+  make("div.empty", icon("mark"), make("h2", title), make("p.dim", words)));
+const emptyOf = (room) => {
+  const isTalk = isPrivate(room), name = isTalk ? titleOf(room) : `#${room.name}`;
+  const state = room.refused ? "cannot be opened" : isTalk ? "and you" : "is new";
+  return emptyRow(room, `${name} ${state}`, room.refused
+    || (isTalk ? "Nobody else sees what you write here."
+      : "Write the first line. All who join later will find it here."));
+};
+const sideRow = (sign, name, unread, badge, isCurrent, onclick) => make("li",
+  make(`button.${unread ? "unread" : ""}`, {onclick, ariaCurrent: isCurrent ? "true" : null},
+    make(`span.sign.${sign === "●" ? "on" : ""}`, {ariaHidden: "true"}, sign),
+    make("span.cut.grow", {dir: "auto"}, name),
+    unread > 0 && [make("span.count", unread), make("span.unseen", "unread")],
+    !unread && badge && make("span.badge", badge)));
+const roomRow = cached((room, ...shown) => sideRow(...shown, () => openRoom(room.name)));
+const personRow = cached((user, role) => sideRow("●", user, 0, role.replace("member", ""), false,
+  ({currentTarget}) => showPerson(user, currentTarget)), new Map());
 const isOnline = (user) => [...state.rooms.values()].some((room) => room.here.has(user));
 const drawSide = () => {
   const rooms = [...state.rooms.values()].filter(isListed)
     .sort((one, other) => titleOf(one).localeCompare(titleOf(other)));
-  const talks = rooms.filter(isPrivate), row = (room) => sideRow(room, titleOf(room), {
-    sign: !isPrivate(room) ? "#" : isOnline(titleOf(room)) ? "●" : "○", unread: room.unread.size,
-    badge: pendingIn(room).some((item) => item.problem) ? "not sent" : "",
-    isCurrent: room === state.current, action: () => openRoom(room.name)});
+  const row = (room) => roomRow(room,
+    !isPrivate(room) ? "#" : isOnline(titleOf(room)) ? "●" : "○", titleOf(room), room.unread.size,
+    pendingIn(room).some((item) => item.problem) ? "not sent" : "", room === state.current);
   arrange($("rooms"), rooms.filter((room) => !isPrivate(room)).map(row));
-  arrange($("private"), talks.map(row));
+  arrange($("private"), rooms.filter(isPrivate).map(row));
   const online = new Set([...state.rooms.values()].flatMap((room) => [...room.here]));
-  for (const user of [state.me, ...talks.map(titleOf)]) online.delete(user);
-  arrange($("people"), [...online].sort().map((user) => sideRow(personOf(user), user, {sign: "●",
-    badge: personOf(user).role.replace("member", ""),
-    action: ({currentTarget}) => showPerson(user, currentTarget)})));
+  for (const user of [state.me, ...rooms.filter(isPrivate).map(titleOf)]) online.delete(user);
+  arrange($("people"), [...online].sort().map((user) => personRow(user, roleOf(user))));
   if ($("myName").textContent !== state.me) $("myAvatar").replaceChildren(avatar(state.me));
-  say("myName", state.me); say("myRole", personOf(state.me).role);
+  say("myName", state.me); say("myRole", roleOf(state.me));
   const unread = rooms.reduce((sum, room) => sum + room.unread.size, 0);
-  put(document, {title: unread ? `(${unread}) Lobby` : "Lobby"});
-  put($("menu"), {ariaLabel: `Rooms and people${unread ? `, ${unread} unread` : ""}`});
-  put($("menuCount"), {textContent: unread, hidden: !unread});
+  document.title = unread ? `(${unread}) Lobby` : "Lobby";
+  put("menu", {ariaLabel: `Rooms and people${unread ? `, ${unread} unread` : ""}`});
+  put("menuCount", {textContent: unread, hidden: !unread});
 };
 const drawFrame = (room) => {
   const {connection, retryIn, why, search} = state, title = titleOf(room), isTalk = isPrivate(room);
@@ -3584,11 +3524,12 @@ const drawFrame = (room) => {
   say("roomName", isTalk ? title : `# ${title}`);
   say("who", isTalk ? isOnline(title) ? "online" : "away"
     : others[0] ? ["you", ...others].join(", ") : "only you");
-  put($("leave"), {hidden: room.key === "lobby"});
+  put("leave", {hidden: room.key === "lobby"});
+  put("searching", {hidden: !search}); put("search", {ariaExpanded: String(Boolean(search))});
   say("state", connection);
   say("dot", connection === "connected" ? "●" : "○");
   const isOut = connection === "logged out", isAway = connection === "reconnecting";
-  put($("strip"), {hidden: !isOut && !isAway});
+  put("strip", {hidden: !isOut && !isAway});
   say("stripText", isOut ? "Your log-in has ended. What you write is kept." : isAway
     ? `No connection${why && `: ${why}`}. What you write is kept and goes out then.` : "");
   say("seconds", isAway ? `Trying again in ${Math.max(0, retryIn + 1)} s.` : "");
@@ -3596,136 +3537,147 @@ const drawFrame = (room) => {
   const typing = [...room.typing.keys()];
   say("typing", typing.length ? `${typing.join(", ")} ${typing[1] ? "are" : "is"} typing` : "");
   const text = $("messageText").value.trim(), over = [...text].length - LONGEST;
-  put($("hint"), {className: over > 0 ? "problem" : "", textContent: over > 0
+  put("hint", {className: over > 0 ? "problem" : "", textContent: over > 0
     ? `${plural(over, "character")} too many`
     : "Enter sends, Shift + Enter breaks the line, /help"});
-  put($("send"), {disabled: !text || over > 0});
-  put($("messageText"), {placeholder: `Message ${isTalk ? "" : "#"}${title}`});
+  put("send", {disabled: !text || over > 0});
+  put("messageText", {placeholder: `Message ${isTalk ? "" : "#"}${title}`});
   const below = atNewest() ? 0 : room.unread.size;
-  const isFar = room.past || $("chatLog").scrollTop < -400;
-  put($("newest"), {hidden: Boolean(search) || !(below || isFar),
+  put("newest", {hidden: Boolean(search) || !(below || $("chatLog").scrollTop < -400),
     textContent: below ? `${below} new below` : "Jump to the newest"});
 };
 let drawn = null;  // the room, or the search, that was drawn last
 const draw = () => {
   drawTimer = 0;
   const {me, current: room, search} = state;
-  put($("access"), {hidden: Boolean(me)}); put($("app"), {hidden: !me});
+  put("access", {hidden: Boolean(me)}); put("app", {hidden: !me});
   say("problem", me ? "" : state.problem || state.connection);
-  if (!me) return put(document, {title: "Lobby"});
-  const view = search ?? room, isNew = view !== drawn, isHere = room.joined === "yes";
-  const rows = search ? [searchRows(search), ...(search.found ?? []).map((hit) => hitRow(hit))]
-    : rowsOf(room);
-  const isEmpty = !search && (isHere || room.refused) && !rows.some((row) => row.item);
+  if (!me) return document.title = "Lobby";
+  const view = search?.found ? search : room, isNew = view !== drawn;
+  const isHere = room.joined === "yes" || room.refused;
+  const rows = view === search ? searchRows(search) : rowsOf(room);
+  const isEmpty = view === room && isHere && !rows.some((row) => row.item);
   if (isNew) quietly();
-  arrange($("messages"), isEmpty ? [emptyRow(room, room), ...rows] : rows);
-  if (isNew && search) $("chatLog").scrollTop = -$("chatLog").scrollHeight;
-  if (state.arriving && (isHere || room.refused)) arrive(room);
+  arrange($("messages"), isEmpty ? [emptyOf(room), ...rows] : rows);
+  if (isNew && view === search) $("chatLog").scrollTop = -$("chatLog").scrollHeight;
+  if (state.arriving && isHere) arrive(room);
   if (isLooking(room) && isHere) markRead(room);
   drawn = view; drawSide(); drawFrame(room); loadOlder();
   if (!$("wire").hidden) drawWire();
 };
 
-// -- What floats: a person's card, what is found, and a dialog that asks for passwords -----------
-const float = (element, anchor = element.anchor) => {  // again, once it has grown
-  element.anchor = anchor;
-  if (!element.matches(":popover-open")) element.showPopover({source: anchor});
-  const {left, bottom} = anchor.getBoundingClientRect();
-  const within = (at, most) => `${Math.max(8, Math.min(at, most - 8))}px`;
-  element.style.left = within(left, innerWidth - element.offsetWidth);
-  element.style.top = within(bottom + 4, innerHeight - element.offsetHeight);
+// -- Searching: messages of the room, rooms, and people who may be away, in place of the log -----
+const LOOKS = {messages: "Search in this room", rooms: "Find or make a room",
+  users: "Find a person"};
+const openSearch = (kind, q = "") => {
+  state.current.place = $("chatLog").scrollTop; state.search = {kind};
+  put("query", {value: q, placeholder: LOOKS[kind], ariaLabel: LOOKS[kind]});
+  $("side").hidePopover(); drawFrame(state.current); $("query").focus();
+  if (q || kind !== "messages") find();
 };
+const endSearch = () => openRoom(state.current.name);
+// Messages come by pages; `before`: what was found so far. Of names, the first fifty are enough.
+const find = async (before = []) => {
+  const {kind} = state.search, q = $("query").value.trim(), room = state.current;
+  const search = state.search = {...state.search, q}, query = new URLSearchParams({...(q && {q}),
+    ...(kind !== "users" && {limit: 50}), ...(before[0] && {before: before.at(-1).id})});
+  const path = kind === "messages" ? pathOf(room.name) : kind;
+  const answer = await attempt("GET", `${path}?${query}`);
+  if (!answer || state.search !== search) return;
+  const found = kind === "messages" ? [...before, ...answer.messages.reverse()]
+    : answer.filter(({room: name = ""}) => !name.startsWith("@"));
+  if (kind === "rooms" && q && !found.some((one) => one.room === keyOf(q))) found.push({isNew: q});
+  state.search = {kind, q, found, more: answer.more}; render();
+};
+// Shows a message in its place, or if that is long ago, among those that were written around it.
+const jump = async (hit) => {
+  const room = state.current, {search} = state, path = pathOf(room.name), {id} = hit;
+  if (room.items.has(id)) endSearch(); else {
+    const pages = await Promise.all([`before=${id}`, `after=${id - 1}`].map((where) =>
+      attempt("GET", `${path}?limit=50&${where}`)));
+    if (state.search !== search || !pages.every(Boolean)) return;
+    const found = pages.flatMap(({messages}) => messages);
+    state.search = {...search, found, more: false, isAround: true};
+  }
+  draw();
+  const row = [...$("messages").children].find(({item}) => item?.id === id);
+  row.scrollIntoView({block: "center"}); row.focus();
+};
+const hitRow = cached((item, q, isAround) => make("article.message", {item, tabIndex: -1},
+  avatar(item.user), authorOf(item.user,
+    timeOf(item.at, `${dayName(dayOf(item))} ${clock.format(item.at * 1_000)}`),
+    !isAround && button("Go there", () => jump(item), ".link")), textOf(item.text, q)));
+const nameRow = cached(({room, isNew, online, username, role, banned}) => make("p.notice.row.found",
+  username ? button(username, ({target}) => showPerson(username, target))
+    : button(isNew ? `Make # ${isNew}` : `# ${room}`, () => openRoom(isNew ?? room)),
+  username ? (banned ? "banned" : role) : online > 0 && `${online} here`));
+const headRow = cached((search, words) => make("p.notice.row", make("span.grow", {role: "status"},
+  words), search.more && button("More", () => find(search.found), ".link"),
+button(`Back to ${titleOf(state.current)}`, endSearch, ".link")));
+const searchRows = (search) => {
+  const {kind, q, found, isAround} = search, isNames = kind !== "messages";
+  const words = isNames ? (found.length ? LOOKS[kind] : "No name begins so.")
+    : isAround ? `“${q}”, and what was said around it`
+      : `${plural(found.length, "message")} with “${q}”, newest first`;
+  return [headRow(search, words),
+    ...found.map((one) => isNames ? nameRow(one) : hitRow(one, q, isAround))];
+};
+
+// -- What floats: a person's card, and a dialog that asks for passwords --------------------------
 const article = (role) => `${role === "admin" ? "an" : "a"} ${role}`;
 const RIGHTS = {member: "May write, and delete what is their own.",
   moderator: "May delete messages, kick and ban.", admin: "May do everything, this too."};
+// What the reader may do with somebody: button, question, what it means, and the request for it.
+const actionsOn = (user, role, banned) => [
+  ["Kick", `Kick ${user}`, "Ends all open sockets; may come back.", "POST", "kick"],
+  banned ? ["Unban", `Unban ${user}`, "May log in again.", "POST", "unban"]
+    : ["Ban", `Ban ${user}`, "Out until somebody lifts the ban.", "POST", "ban"],
+  ...Object.keys(RIGHTS).filter((one) => may("admin") && one !== role).map((one) =>
+    [`Make ${one}`, `Make ${user} ${article(one)}`, RIGHTS[one], "PUT", "role", {role: one}])];
+const act = async (user, title, method, what, json) => {
+  $("person").hidePopover();
+  await api(method, `users/${encodeURIComponent(user)}/${what}`, json); note(`${title}: done.`);
+};
 // A button that turns into the question whether to do it.
-const askingButton = (label, title, consequence, action) => {
+const askingButton = (user, [label, title, consequence, ...how]) => {
   const no = button("No", () => question.replaceWith(row), ".quiet");
-  const yes = button(title, action, /^(Make|Unban)/.test(label) ? ".main" : ".wrong");
+  const yes = button(title, () => act(user, title, ...how).catch(complain),
+    /^(Make|Unban)/.test(label) ? ".main" : ".wrong");
   const question = make("div.ask", make("b", `${title}?`), make("p.small.dim", consequence),
     make("p.row", yes, no));
-  const row = button(label, () => { row.replaceWith(question); float($("person")); no.focus(); });
+  const row = button(label, () => { row.replaceWith(question); no.focus(); });
   return row;
 };
-// What the reader may do with somebody.
-const actionsOn = (user, role, banned) => {
-  if (user === state.me || !may("moderator", "admin")) return [];
-  const change = async (title, method, what, ...json) => {
-    $("person").hidePopover();
-    await api(method, `users/${encodeURIComponent(user)}/${what}`, ...json);
-    note(`${title}: done.`);
-  };
-  const action = (label, title, consequence, ...how) => askingButton(label, title, consequence,
-    () => change(title, ...how).catch(complain));
-  const title = `Set ${user}'s password`;
-  return [action("Kick", `Kick ${user}`, "Ends all open sockets; may come back.", "POST", "kick"),
-    banned ? action("Unban", `Unban ${user}`, "May log in again.", "POST", "unban")
-      : action("Ban", `Ban ${user}`, "Out until somebody lifts the ban.", "POST", "ban"),
-    ...(!may("admin") ? [] : [
-      ...Object.keys(RIGHTS).filter((one) => one !== role).map((one) => action(`Make ${one}`,
-        `Make ${user} ${article(one)}`, RIGHTS[one], "PUT", "role", {role: one})),
-      button("New password", () => askPasswords(title, "All log-ins of theirs end.",
-        {"New password": "new-password"}, title,
-        (password) => change(title, "PUT", "password", {new: password}, '{"new":"…"}')))])];
-};
 const showPerson = async (user, anchor) => {
+  const title = `Set ${user}'s password`, setPassword = () => askPasswords(title,
+    "All log-ins of theirs end.", {"New password": "new-password"}, title,
+    (fresh) => act(user, title, "PUT", "password", {new: fresh}));
   const show = (role, banned) => {
     const where = banned ? "banned" : isOnline(user) ? "online" : "away";
+    const mayAct = user !== state.me && may("moderator", "admin");
     $("person").replaceChildren(make("div.row", avatar(user), make("p.grow", make("b", user),
       make("br"), make("span.small.dim", `${role}, ${where}`))),
     button("Message", () => { $("person").hidePopover(); openRoom(privateWith(user)); }),
-    ...actionsOn(user, role, banned));
-    float(put($("person"), {ariaLabel: user}), anchor);
+    ...(mayAct ? actionsOn(user, role, banned).map((one) => askingButton(user, one)) : []),
+    mayAct && may("admin") ? button("New password", setPassword) : "");
+    put("person", {ariaLabel: user}); $("person").togglePopover({force: true, source: anchor});
   };
-  show(personOf(user).role, false);
+  show(roleOf(user), false);
   const found = await attempt("GET", `users?q=${encodeURIComponent(user)}`) ?? [];
   const one = found.find(({username}) => username === user);
-  if (one && $("person").ariaLabel === user) show(personOf(user).role = one.role, one.banned);
-};
-// More rooms, by twenty, and people who are away: by how their names begin.
-let finding = "rooms", lookTimer = 0;
-const openFinder = (kind, anchor) => {
-  finding = kind; $("finderText").value = "";
-  say("finderLabel", kind === "rooms" ? "Find or make a room" : "Find a person");
-  float($("finder"), anchor); $("finderText").focus(); lookUp();
-};
-const foundRow = (text, aside, action) => make("li.row",
-  button(text, () => { $("finder").hidePopover(); action(); }), make("span.small.dim", aside));
-const foundPerson = ({username, role, banned}) => foundRow(username, banned ? "banned" : role,
-  () => showPerson(username, $("morePeople")));
-const foundRoom = ({room, online}) => foundRow(`# ${room}`, online ? `${online} here` : "",
-  () => openRoom(room));
-const lookUp = async (before = null) => {
-  const q = $("finderText").value.trim(), kind = finding, isRooms = kind === "rooms";
-  const query = new URLSearchParams({...(q && {q}), ...(isRooms && {limit: 20}),
-    ...(before !== null && {before})});
-  const answer = await attempt("GET", `${kind}?${query}`) ?? [];
-  if (kind !== finding || q !== $("finderText").value.trim()) return;
-  const rows = isRooms ? answer.filter(({room}) => !room.startsWith("@")).map(foundRoom)
-    : answer.map(foundPerson);
-  if (isRooms && answer.length === 20) {
-    const more = button("More", () => { more.remove(); lookUp(answer.at(-1).last_id); });
-    rows.push(make("li", more));
-  } else if (isRooms && q && !answer.some(({room}) => room === keyOf(q))) {
-    rows.push(foundRow(`Make # ${q}`, "", () => openRoom(q)));
-  }
-  if (before === null) $("found").replaceChildren();
-  $("found").append(...rows);
-  say("foundNothing", rows.length ? "" : "No name begins so.");
+  if (!one || $("person").ariaLabel !== user) return;
+  state.roles.set(user, one.role); show(one.role, one.banned);
 };
 // A dialog with one field for each of `labels`, by what a browser may fill in.
 const askPasswords = (title, why, labels, yes, action, no = "Cancel", refuse = () => {}) => {
-  const problem = make("p.problem", {role: "alert"});
-  const fields = Object.values(labels).map((autocomplete) =>
-    make("input", {type: "password", autocomplete}));
-  const close = () => $("dialog").close();
+  const problem = make("p.problem", {role: "alert"}), close = () => $("dialog").close();
+  const fields = Object.entries(labels).map(([label, autocomplete]) =>
+    make("label", label, make("input", {type: "password", autocomplete})));
   const form = make("form", make("div", make("h2", {id: "dialogTitle"}, title),
-    make("p.small.dim", why)),
-  ...Object.keys(labels).map((label, index) => make("label", label, fields[index])), problem,
-  make("p.row", make("button.main.grow", yes),
+    make("p.small.dim", why)), fields, problem, make("p.row", make("button.main.grow", yes),
     button(no, () => { close(); refuse(); }, ".quiet")));
   onSubmit(form, problem, async () => {
-    await action(...fields.map(({value}) => value)); close();
+    await action(...fields.map(({lastChild}) => lastChild.value)); close();
   });
   $("dialog").replaceChildren(form);
   if (!$("dialog").open) $("dialog").showModal();
@@ -3740,234 +3692,9 @@ const changePassword = () => askPasswords("Change password",
   "Every other log-in of yours ends. The tabs of this browser go on.",
   {"Password now": "current-password", "New password": "new-password"}, "Change",
   async (old, fresh) => {
-    const {access_token: token} = await api("PUT", "me/password", {old, new: fresh},
-      '{"old":"…","new":"…"}');
-    enter(token, state.login.stay);
-    for (const news of [state.login, null]) keep("news", news);  // the other tabs hear of it
+    enter((await api("PUT", "me/password", {old, new: fresh})).access_token, state.login.stay);
     note("The password is changed.");
   });
-
-// -- The wire explains: what each entry is ------------------------------------------------------
-const detailOf = ({text}) => parsed(text)?.detail;
-const REQUESTS = [  // by first line and status, the first that fits; else the route's own sentence
-  [/^POST \/login 200/, () => "The password goes up as JSON, a signed token comes back."],
-  [/ 401$/, (entry) => `${detailOf(entry) ?? "Unauthorized"}. It wants a valid token.`],
-  [/ 422$/, () => "Well formed, not valid. The answer names the field."],
-  [/ 4\d\d$/, (entry) => `Refused: ${detailOf(entry) ?? "the answer says what to change"}.`],
-  [/ 5\d\d$/, () => "The server's fault: try again."],
-  [/ -1$/, () => "No answer came: no server, or no network."],
-  [/ 0$/, () => "Waiting for the answer."],
-  [/ 204$/, () => "Done. 204 has no body; the others hear of it by an event."],
-];
-const EVENTS = {
-  welcome: ({user, role}) => `The server speaks first: you are ${user}, ${article(role)}.`,
-  presence: ({users}) =>
-    `Who is here: ${plural(Object.keys(users).length, "person").replace("persons", "people")}.`,
-  joined: ({user, room}) => `${user} came into ${room}. A notice: told, not stored.`,
-  left: ({user, room}) => `${user} has left ${room}: no socket is open there any more.`,
-  deleted: ({id}) => `Message ${id} is gone. Every open page takes it out.`,
-  role: ({user, role}) => `${user} is ${article(role)} from now on. Only an admin may do this.`,
-  error: ({message, retry_after: wait}) =>
-    `Refused: ${message}. ${wait ? `It is sent again in ${wait} s.` : "The socket stays open."}`,
-  leave: ({room}) => `No more of ${room} on this socket, please.`,
-  join: ({room, after}) =>
-    `One more room on this socket: ${room}${after ? `, from id ${after} on` : ""}.`,
-  history: ({room, before, messages}, out) => !out
-    ? `The last ${plural(messages.length, "message")}, in one frame.`
-    : before ? `Scrolling up: please the messages before id ${before}.`
-      : `What is new in ${room}, please, without following it?`,
-  typing: ({user}, out) => out ? "You are typing: told at most every 3 s, never stored."
-    : `${user} is typing: announced to the room, never stored.`,
-  message: ({id, user, room}, out, bytes) => out
-    ? `A text frame: no headers, ${bytes} B, to everybody in ${room}.`
-    : user === state.me ? `The same with id ${id}: it is on disk. This is the receipt.`
-      : `${user} wrote. Everybody in ${room} gets this very frame.`,
-};
-const CLOSES = {1000: "closed on purpose. Both sides agree, nothing is lost.",
-  1001: "the server goes away. It is tried again.", 1003: "binary, where only text is taken.",
-  1005: "closed without a code. Both sides agree, nothing is lost.",
-  1006: "no closing frame; the line broke, or the door was shut before 101.",
-  1008: "not allowed any more. The reason given: ",
-  1009: "your frame was larger than the server takes.",
-  1012: "the server restarts. It is tried again.",
-  1013: "you read too slowly, or it is busy. It is tried again."};
-const SOCKETS = {  // the lessons' sockets: chapter, what goes up, what comes back
-  "/ws": [3, "It answers each text.", "Your text, with a few words before it."],
-  "/ws-endpoint": [3, "One text, one answer.", "The answer. Then the server closes."],
-  "/ws/json": [3, "It expects one JSON value a frame.",
-    "The answer: what you sent, parsed and wrapped."],
-  "/ws/inspect": [3, "It tells what it sees.",
-    "What the server saw: first the handshake, then each frame."],
-  "/ws/protected": [7, "It knows who says this.", "The token told it who you are."],
-  "/ws/chat": [10, "", ""],
-  "/ws/{session_id}": [4, "To all in the session.", "All in the session get this."],
-};
-const lessonOf = (path) => SOCKETS[path] ?? SOCKETS["/ws/{session_id}"];
-// The operation of /openapi.json that answers; its tag names the chapter of app.py.
-const operationOf = (method, path) => {
-  const where = path.split("?")[0], {operations} = state;
-  if (where.startsWith("/ws")) {  // it tells of no sockets, so the chapter's other operations serve
-    const number = `${lessonOf(where)[0]}.`;
-    return operations.find(({tag}) => tag.startsWith(number)) ?? {tag: number};
-  }
-  return operations.find((one) => one.pattern.test(where)
-    && (one.method === method || one.path === "/inspect"));
-};
-const chapterOf = (operation) => operation?.tag.replace(/^(\d+)\. ?(.*)/, (_, number, title) =>
-  `chapter ${number}${title && `, ${title}`}`) ?? "the server";
-const learnOperations = async () => {
-  const {paths = {}} = await api("GET", "openapi.json").catch(() => ({}));
-  state.operations = Object.entries(paths).flatMap(([path, methods]) => {
-    const end = path === "/inspect" ? "(/|$)" : "$";
-    const pattern = new RegExp(`^${path.replace(/\{[^}]+\}/g, "[^/]+")}${end}`);
-    return Object.entries(methods).map(([method, {tags: [tag = ""] = [], description = ""}]) =>
-      ({method: method.toUpperCase(), path, pattern, tag,
-        about: description.split(/[.;](\s|$)/)[0].replaceAll("`", "")}));
-  });
-  showForm();
-};
-const SENTENCES = {
-  http: (entry) => {
-    const {method, path, title, status, bytes = 0} = entry, operation = operationOf(method, path);
-    const chapter = chapterOf(operation).split(",")[0].replace(/^./, (one) => one.toUpperCase());
-    return REQUESTS.find(([is]) => is.test(`${title} ${status}`))?.[1](entry)
-      ?? `${chapter} answers${operation?.about ? `: ${operation.about}.`
-        : ` with ${plural(bytes, "byte")}.`}`;
-  },
-  open: ({status, picked}) =>
-    !status ? "A GET that asks to become a socket: Upgrade, a key, perhaps subprotocols."
-      : "101: the connection stops being HTTP here."
-        + (picked ? ` Subprotocol ${picked} was picked.` : ""),
-  close: ({code, reason}) =>
-    `${code}: ${CLOSES[code] ?? "closed."}${code === 1008 ? `${reason}.` : ""}`,
-  frame: ({way, types, texts, bytes, socket}) => {
-    const said = parsed(texts.at(-1).split("\n").at(-1)), isOut = way === "out";
-    const more = types.length > 1 ? `${types.length} events, one frame. ` : "";
-    if (types.length && EVENTS[said?.type]) return more + EVENTS[said.type](said, isOut, bytes);
-    const [, up, back] = lessonOf(socket.entry.path.split("?")[0]);
-    return isOut ? `${plural(bytes, "byte")} of text. ${up}` : back;
-  },
-};
-const sentenceOf = (entry) => SENTENCES[entry.kind](entry);
-
-// -- Drawing the wire --------------------------------------------------------------------------
-// A line as JSON, in which short lists are on a line; keys, strings and numbers stand out.
-const pretty = (value) => JSON.stringify(value, null, 2).replace(/[[{][^[\]{}]{0,70}[\]}]/g,
-  (list) => list.replace(/\n\s*/g, " "));
-const coloured = (line) => {
-  const value = parsed(line), parts = value === undefined ? [line] : pretty(value).slice(0, 20_000)
-    .split(/("(?:[^"\\]|\\.)*"(?:: )?|\b\d[\d.eE+-]*\b)/);
-  return [...parts.map((part, index) => index % 2 === 0 ? part
-    : make(part.endsWith('": ') ? "b" : part[0] === '"' ? "i" : "em", part)), "\n"];
-};
-const section = (title, aside, headers = [], text = "") => make("section",
-  make("h3", title, make("span", aside)), make("dl", ...headers.flatMap(([name, value]) =>
-    [make("dt", name), make("dd", hideSecrets(value))])),
-  ...(text ? [make("pre", {tabIndex: 0}, ...text.split("\n").flatMap(coloured))] : []));
-// A page can read neither what a browser adds nor a 101's headers: only if the server tells it.
-const addedTo = ({kind, seen, text, headers}) => {
-  const echo = seen ?? parsed(text), own = new Set(headers.map((pair) => pair.join(": ")));
-  if (!echo?.http_version) return section("Added by the browser", "hidden from scripts",
-    (kind === "open" ? ["host", "origin", "connection", "upgrade", "sec-websocket-key"]
-      : ["host", "user-agent", "accept"]).map((name) => [name, "…"]));
-  const added = echo.headers.filter(([name, value]) => !own.has(`${name}: ${hideSecrets(value)}`));
-  return section("Added by the browser",
-    `${plural(added.length, "header")}, as the server saw them`, added);
-};
-const curlOf = ({kind, method, path, headers, body}) => {
-  const quote = (text) => `'${text.replace(/eyJ\S*…/g, "TOKEN").replaceAll("'", "'\\''")}'`;
-  const upgrade = kind === "http" ? [] : [["connection", "Upgrade"], ["upgrade", "websocket"],
-    ["sec-websocket-version", "13"], ["sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="]];
-  return [`curl -i -X ${method} ${quote(location.origin + path)}`,
-    ...[...headers, ...upgrade].map((pair) => `-H ${quote(pair.join(": "))}`),
-    ...(body ? [`--data-raw ${quote(body)}`] : [])].join(" \\\n  ");
-};
-const copy = (text) => navigator.clipboard?.writeText(text)
-  ?? note("Without https the browser lets no page copy.", true);
-const CARDS = {  // what an opened entry shows, by its kind
-  http: (entry) => [section("Request", entry.title, entry.headers, entry.body), addedTo(entry),
-    section("Answer", entry.status > 0 ? `${entry.status} ${entry.reason}` : "none",
-      entry.answered, entry.text)],
-  open: (entry) => [section("Request", entry.title, entry.headers), addedTo(entry),
-    section("Answer", entry.status ? "101 Switching Protocols" : "none", [
-      ["sec-websocket-accept", "hidden from scripts"],
-      ["sec-websocket-protocol", entry.picked || "none"],
-      ["ping, pong", "a browser answers them itself, and tells no page"]])],
-  close: ({code, texts}) => [section("Close frame", `code ${code}`, [], texts.join("\n"))],
-  frame: ({way, bytes, texts}) => {
-    const head = (bytes < 126 ? 2 : bytes < 65_536 ? 4 : 10) + (way === "out" ? 4 : 0);
-    const size = `${bytes} B, and a head of ${head}${way === "out" ? ", 4 of it the mask" : ""}`;
-    return [section("Payload", size, [], texts.join("\n"))];
-  },
-};
-const cardOf = (entry) => {
-  const {kind, headers, at, again} = entry;
-  const exact = `${at.toTimeString().slice(0, 8)}.${String(at.getMilliseconds()).padStart(3, "0")}`;
-  const links = [headers && button("Copy as curl", () => copy(curlOf(entry)), ".link"),
-    again && button("Send again", () => again().catch(() => {}), ".link")].filter(Boolean);
-  return make("div.card", make("div.row.small", ...links, make("time", exact)),
-    ...CARDS[kind](entry));
-};
-const chipOf = ({kind, status, code, count, event}) => {
-  if (kind === "open") return status ? [status, "switch"] : ["…", ""];
-  if (kind === "close")
-    return [code, [1006, 1008, 1009].includes(code) ? "bad" : code === 1013 ? "warn" : ""];
-  if (kind === "frame") return event?.type === "error" ? [event.code, "warn"]
-    : [count > 1 ? `× ${count}` : "", ""];
-  if (status < 1) return status ? ["failed", "bad"] : ["…", ""];
-  return [status, status > 499 ? "bad" : status > 299 ? "warn" : "good"];
-};
-const previewOf = ({kind, event, types, texts}) => kind !== "frame" ? ""
-  : types.length ? event?.text?.slice(0, 80) ?? event?.user ?? "" : texts.at(-1).slice(0, 80);
-const wireRow = keyed((entry) => {
-  const {kind, title, way = "", lane, through = [], socket} = entry, isClose = kind === "close";
-  const isOpened = way && socket?.entry.status !== 0;  // else the door was shut before 101
-  const summary = make("summary"), details = make("details", summary);
-  const node = !way ? make("span.node.ring")
-    : make(`span.node.frame${isClose ? ".square" : ""}.${chipOf(entry)[1]}`, icon(way));
-  const item = make("li", {entry, className: classes("entry", way, lane === 1 && "second")},
-    ...through.map((one) => make(one ? "span.pass.second" : "span.pass")),
-    ...(isOpened ? [make(`span.pass.own${isClose ? ".last" : ""}`)] : []), node, details);
-  const number = (value, unit, kind = "") => make(`span.number${kind}`,
-    value === undefined ? "" : `${Math.round(value).toLocaleString()} ${unit}`);
-  let version = "";
-  return [item, () => {
-    const {opened = false, status, count, seen, ms, bytes} = entry, [text, colour] = chipOf(entry);
-    const sentence = sentenceOf(entry);
-    refill(summary, [text, ms, bytes, sentence], () => [make("span.head",
-      make("span.unseen", {in: "received: ", out: "sent: "}[way] ?? ""), make("b.cut", title),
-      make(`span.chip.${colour}`, {hidden: text === ""}, text),
-      make("span.preview.cut", previewOf(entry)), number(ms, "ms", ".ms"), number(bytes, "B"),
-      make("span.turn")), make("span.sentence", sentence)]);
-    if (version === (version = [opened, status, count, !seen].join())) return;
-    details.open = opened; details.querySelector(".card")?.remove();
-    if (opened) details.append(cardOf(entry));
-  }];
-});
-const isExplaining = () => $("explain").ariaPressed === "true";
-const drawWire = () => {
-  const wanted = $("filter").value.toLowerCase(), {entries, pausedAt} = state;
-  const until = entries.filter(({at}) => !pausedAt || at <= pausedAt);
-  const found = until.filter((entry) => [entry.title, entry.status, entry.text, entry.body,
-    sentenceOf(entry), ...entry.texts ?? []].join(" ").toLowerCase().includes(wanted));
-  arrange($("list"), found.map((entry) => wireRow(entry)));
-  const isWide = found.some(({lane, through}) => lane === 1 || through.includes(1));
-  $("list").className = classes(isWide && "wide", !isExplaining() && "bare");
-  put($("pause"), {ariaPressed: String(pausedAt !== null),
-    textContent: pausedAt ? `Paused, ${entries.length - until.length}` : "Pause"});
-  say("chapter", `Answered by ${chapterOf(operationOf($("method").value, $("path").value))}`);
-};
-// Opens or closes an entry, in sight as a whole if it fits; what is open stays, whatever comes.
-const openEntry = (event) => {
-  const row = event.target.closest("summary")?.closest("li");
-  if (!row) return;
-  event.preventDefault();
-  const scroller = event.currentTarget, before = topOf(row);
-  row.entry.opened = !row.entry.opened; wireRow(row.entry);
-  scroller.scrollTop += topOf(row) - before;
-  if (row.entry.opened) row.scrollIntoView({block: "nearest"});
-  if (row.entry.opened && scroller.scrollTop > -1) scroller.scrollTop = -1;
-};
 
 // -- What people do ----------------------------------------------------------------------------
 const LONGEST = 4_000;  // characters of a message
@@ -3985,24 +3712,21 @@ const onSubmit = (form, problem, action) => form.addEventListener("submit", asyn
   try { await action(event); } catch (error) { problem.textContent = error.message; }
   isBusy = false;
 });
-const enter = (token, stay) => {
-  takeLogIn(token, stay); state.problem = $("password").value = ""; connect();
-};
 onSubmit($("credentials"), $("problem"), async ({submitter}) => {
-  const fields = {username: $("username"), password: $("password")}, stay = $("stay").checked;
-  const credentials = {username: $("username").value, password: $("password").value};
-  const tell = (name, words) => {
-    say(`${name}Problem`, words); fields[name].ariaInvalid = String(words !== "");
+  const stay = $("stay").checked, fields = [$("username"), $("password")];
+  const [username, password] = fields.map(({value}) => value);
+  const tell = (field, words) => {
+    say(`${field.id}Problem`, words); field.ariaInvalid = String(words !== "");
   };
   state.problem = "";
-  for (const name in fields) tell(name, "");
+  for (const field of fields) tell(field, "");
   try {
-    if (submitter?.value === "register") await api("POST", "register", credentials);
-    enter((await api("POST", "login", {...credentials, stay})).access_token, stay);
-  } catch (error) {
-    const name = error.field ?? {401: "password", 409: "username"}[error.status];
-    if (!(name in fields)) return Object.assign(state, {problem: error.message});
-    tell(name, error.message); fields[name].focus();
+    if (submitter?.value === "register") await api("POST", "register", {username, password});
+    enter((await api("POST", "login", {username, password, stay})).access_token, stay);
+  } catch ({message, status, field}) {
+    const wrong = $(field ?? {401: "password", 409: "username"}[status]);
+    if (!fields.includes(wrong)) return Object.assign(state, {problem: message});
+    tell(wrong, message); wrong.focus();
   }
 });
 onSubmit($("pasted"), $("problem"), () => enter($("token").value.trim(), false));
@@ -4014,62 +3738,28 @@ on("logOut", "click", logOut);
 on("changePassword", "click", () => { $("myMenu").hidePopover(); changePassword(); });
 on("myMenu", "beforetoggle", () => {
   say("notifyWhy", whyNoNotices());
-  put($("notify"), {hidden: whyNoNotices() !== "",
+  put("notify", {hidden: whyNoNotices() !== "",
     textContent: isNotified() ? "Notify me no more" : "Notify me of mentions"});
 });
 on("notify", "click", async () => {
   const wish = !isNotified() && await Notification.requestPermission() === "granted";
   keep(`notify.${state.me}`, wish || null); $("myMenu").hidePopover();
 });
-// Searches the room that is open; `before`: what was found so far.
-const find = async (q, before = []) => {
-  const room = state.current, search = state.search = {q, found: before[0] && before};
-  render();
-  const query = new URLSearchParams({q, ...(before[0] && {before: before.at(-1).id})});
-  const {messages = [], more} = await attempt("GET", `${pathOf(room.name)}?${query}`) ?? {};
-  if (state.search === search) state.search = {q, more, found: [...before, ...messages.reverse()]};
-  render();
-};
-// Shows a message in its place; if that is long ago, that part of the room in place of its end.
-const jump = async ({id}) => {
-  const room = state.current;
-  if (!room.items.has(id)) {
-    const page = await attempt("GET", `${pathOf(room.name)}?after=${id - 1}&limit=50`);
-    if (!page) return;
-    const items = new Map(page.messages.map((one) => [one.id, one]));
-    Object.assign(room, {items, past: page.more, more: true});
-  }
-  const row = messageRow(room.items.get(id));
-  state.search = null; draw();
-  row.scrollIntoView({block: "center"}); row.focus();
-};
-const toNewest = (room) => {
-  if (room.past) Object.assign(room, {joined: "no", last: null});
-  join(room); $("chatLog").scrollTop = 0; render();
-};
-const showSearch = (open, q = "") => {
-  $("searching").hidden = !open; $("search").ariaExpanded = String(open); $("query").value = q;
-  if (open) $("query").focus();
-};
-const endSearch = () => openRoom(state.current.name);
-on("search", "click", () => $("searching").hidden ? showSearch(true) : endSearch());
-onSubmit($("searching"), $("hint"), () => find($("query").value.trim()));
 const COMMANDS = [  // what a line may look like, and what it does
   [/^\/msg\s+(\S+)\s+([^]+)/, (user, words) => post(openRoom(privateWith(user)), words)],
   [/^\/join\s+([^]+)/, openRoom],
   [/^\/who$/, () => note(`Here: ${[...state.current.here].sort().join(", ")}`)],
-  [/^\/search\s+([^]+)/, (q) => { showSearch(true, q); find(q); }],
+  [/^\/search\s+([^]+)/, (q) => openSearch("messages", q)],
   [/^\/help$/, () => note(HELP)],
-  [/^\/(\/[^]*)/, (text) => post(state.current, text)],
-  [/^([^/][^]*)/, (text) => post(state.current, text)],
+  [/^\/(\/[^]*)|^([^/][^]*)/, (slashed, text) => post(state.current, slashed ?? text)],
 ];
 on("composer", "submit", (event) => {
   const text = $("messageText").value.trim(), room = state.current;
   event.preventDefault();
   if (!text || [...text].length > LONGEST) return;
-  const [is, act] = COMMANDS.find(([is]) => is.test(text)) ?? [];
+  const [is, run] = COMMANDS.find(([is]) => is.test(text)) ?? [];
   if (!is) return note("Error: unknown command; /help lists them", true);
-  act(...text.match(is).slice(1));
+  run(...text.match(is).slice(1));
   if (state.current === room) $("messageText").value = "";
   keep(draftOf(room), null); render();
 });
@@ -4091,43 +3781,229 @@ const loadOlder = () => {
   if (above > 200 || !room.more || room.loading || room.joined !== "yes" || state.search) return;
   room.loading = true; transmit({type: "history", room: room.name, before});
 };
-// The tools of a message: one panel, which goes to the message that is pointed at or in focus.
-const tools = make("div.tools");
-const showTools = ({target}) => {
-  const row = target.closest(".message"), item = row?.item;
-  if (!item?.id || item.gone || tools.parentNode === row) return;
-  const remove = () => tools.lastChild.replaceWith(button("Really delete?", () =>
-    attempt("DELETE", `${pathOf(item.room)}/${item.id}`), ".delete"));
-  const mayDelete = item.user === state.me || may("moderator", "admin");
-  tools.replaceChildren(...(item.grouped ? [timeOf(item.at)] : []),
-    button("Copy", () => copy(item.text)), button("On the wire", () => showOnWire(item)),
-    ...(mayDelete ? [button("Delete", remove, ".delete")] : []));
-  row.append(tools);
-};
-for (const type of ["pointerover", "focusin"]) on("chatLog", type, showTools);
 on("chatLog", "keydown", ({key, target}) => {  // arrows go from message to message
   const row = target.closest(".message"), next = {ArrowUp: "previous", ArrowDown: "next"}[key];
   if (next) (row?.[`${next}ElementSibling`] ?? $("messages").lastElementChild)?.focus();
 });
 on("chatLog", "scroll", render);
-on("newest", "click", () => { toNewest(state.current); $("messageText").focus(); });
+on("newest", "click", () => { $("chatLog").scrollTop = 0; $("messageText").focus(); });
 on("leave", "click", () => leaveRoom(state.current));
 on("now", "click", () => state.connection === "logged out" ? askAgain() : connect());
-on("moreRooms", "click", () => openFinder("rooms", $("moreRooms")));
-on("morePeople", "click", () => openFinder("users", $("morePeople")));
-on("finderText", "input", () => { clearTimeout(lookTimer); lookTimer = setTimeout(lookUp, 150); });
-on("finderText", "keydown", (event) => {
-  if (event.key !== "Enter") return;
-  event.preventDefault(); $("found").querySelector("button")?.click();  // not into the new room
+on("search", "click", () => state.search ? endSearch() : openSearch("messages"));
+on("moreRooms", "click", () => openSearch("rooms"));
+on("morePeople", "click", () => openSearch("users"));
+let findTimer = 0;
+on("query", "input", () => {
+  clearTimeout(findTimer);
+  if (state.search.kind !== "messages") findTimer = setTimeout(find, 150);
 });
-const addressed = () => decodeURIComponent(location.hash.slice(1)) || "lobby";
-addEventListener("hashchange", () => {
-  if (state.me && keyOf(addressed()) !== state.current.key) openRoom(addressed());
+onSubmit($("searching"), $("hint"), async () => {
+  const {kind, q} = state.search, isNew = q !== $("query").value.trim();
+  if (isNew || kind === "messages") await find();
+  if (kind !== "messages") $("messages").querySelector(".found button")?.click();
 });
 addEventListener("keydown", ({key, target}) => {
   if (key === "Escape" && $("wire").contains(target)) $("closeWire").click();
   if (key === "Escape" && $("searching").contains(target)) endSearch();
 });
+
+// -- The wire explains: what each entry is ------------------------------------------------------
+const REQUESTS = [  // by first line and status, the first that fits
+  [/^POST \/login 200/, "The password goes up as JSON, a signed token comes back."],
+  [/ 401$/, "{detail}. It wants a valid token."],
+  [/ 422$/, "Well formed, not valid. The answer names the field."],
+  [/ 4\d\d$/, "Refused: {detail}."],
+  [/ 5\d\d$/, "The server's fault: try again."],
+  [/ -1$/, "No answer came: no server, or no network."],
+  [/ 0$/, "Waiting for the answer."],
+  [/ 204$/, "Done. 204 has no body; the others hear of it by an event."],
+  [/./, "{chapter} answers{about}."],
+];
+const FRAMES = {  // by direction and type of a frame's last event
+  "in welcome": "The server speaks first: you are {user}, {role}.",
+  "in history": "The last {messages}, in one frame.",
+  "in presence": "Who is here: {people}.",
+  "in joined": "{user} came into {room}. A notice: told, not stored.",
+  "in left": "{user} has left {room}: no socket is open there any more.",
+  "in message": "{user} wrote. Everybody in {room} gets this very frame.",
+  "in own": "The same with id {id}: it is on disk. This is the receipt.",
+  "in typing": "{user} is typing: announced to the room, never stored.",
+  "in deleted": "Message {id} is gone. Every open page takes it out.",
+  "in role": "{user} is {role} from now on. Only an admin may do this.",
+  "in error": "Refused: {message}. {then}",
+  "out message": "A text frame: no headers, {bytes} B, to everybody in {room}.",
+  "out typing": "You are typing: told at most every 3 s, never stored.",
+  "out join": "One more room on this socket: {room}, after id {after}.",
+  "out leave": "No more of {room} on this socket, please.",
+  "out history": "Scrolling up: please the messages before id {before}.",
+  "in other": "A text frame: what the route of this socket answers.",
+  "out other": "A text frame of {bytes} B. It has no headers: the handshake had them.",
+};
+const CLOSES = {1000: "closed on purpose. Both sides agree, nothing is lost.",
+  1001: "the server goes away. It is tried again.", 1003: "binary, where only text is taken.",
+  1005: "closed without a code. Both sides agree, nothing is lost.",
+  1006: "no closing frame; the line broke, or the door was shut before 101.",
+  1008: "not allowed any more. The reason given: {reason}.",
+  1009: "your frame was larger than the server takes.",
+  1012: "the server restarts. It is tried again.",
+  1013: "you read too slowly, or it is busy. It is tried again."};
+const SOCKETS = {"/ws": 3, "/ws-endpoint": 3, "/ws/json": 3, "/ws/inspect": 3, "/ws/protected": 7,
+  "/ws/chat": 10, "/ws/{session_id}": 4};  // their chapters, as /openapi.json tells of no sockets
+// /openapi.json tells which chapter answers, by its tags, and what a route does.
+const learnOperations = async () => {
+  const {paths = {}} = await api("GET", "openapi.json").catch(() => ({}));
+  const routes = Object.entries(paths).flatMap(([path, methods]) => Object.entries(methods)
+    .map(([method, {tags, description}]) => ({method: method.toUpperCase(), path, tag: tags?.[0],
+      about: description?.split(/[.;](\s|$)/)[0].replaceAll("`", "")})));
+  const sockets = Object.entries(SOCKETS).map(([path, chapter]) => ({method: "WS", path,
+    tag: routes.find(({tag}) => tag?.startsWith(`${chapter}.`))?.tag ?? String(chapter)}));
+  state.operations = [...routes, ...sockets].filter(({tag}) => tag).map((one) => ({...one,
+    pattern: new RegExp(`^${one.path.replace(/\{[^}]+\}/g, "[^/]+")}${
+      one.path === "/inspect" ? "(/.*)?" : ""}$`)}));
+  render();
+};
+const operationOf = (method, path) => state.operations.find((one) =>
+  one.pattern.test(path.split("?")[0]) && (one.method === method || one.path === "/inspect"));
+const chapterOf = (one) => one ? `chapter ${one.tag.replace(". ", ", ")}` : "the server";
+const fill = (words, values) => words.replace(/{(\w+)}/g, (_, name) => values[name] ?? "…");
+const SENTENCES = {
+  http: ({method, path, title, status, text, bytes = 0}) => {
+    const operation = operationOf(method, path), [, words] =
+      REQUESTS.find(([is]) => is.test(`${title} ${status}`));
+    return fill(words, {detail: parsed(text)?.detail,
+      chapter: chapterOf(operation).split(",")[0].replace(/^./, (one) => one.toUpperCase()),
+      about: operation?.about ? `: ${operation.about}` : ` with ${plural(bytes, "byte")}`});
+  },
+  open: ({status, picked}) =>
+    !status ? "A GET that asks to become a socket: Upgrade, a key, perhaps subprotocols."
+      : "101: the connection stops being HTTP here."
+        + (picked ? ` Subprotocol ${picked} was picked.` : ""),
+  close: (entry) => `${entry.code}: ${fill(CLOSES[entry.code] ?? "closed.", entry)}`,
+  frame: ({way, types, texts, bytes}) => {
+    const said = parsed(texts.at(-1).split("\n").at(-1)), isOwn = said?.user === state.me;
+    const type = isOwn && said.type === "message" ? "own" : said?.type;
+    const words = FRAMES[`${way} ${type}`] ?? FRAMES[`${way} other`], wait = said?.retry_after;
+    return (types.length > 1 ? `${types.length} events, one frame. ` : "") + fill(words, {...said,
+      bytes, after: said?.after ?? "any", role: article(said?.role),
+      messages: plural(said?.messages?.length ?? 0, "message"),
+      people: plural(Object.keys(said?.users ?? {}).length, "person").replace("persons", "people"),
+      then: wait ? `It is sent again in ${wait} s.` : "The socket stays open."});
+  },
+};
+const sentenceOf = (entry) => SENTENCES[entry.kind](entry);
+
+// -- Drawing the wire --------------------------------------------------------------------------
+// Lines as JSON, in which short lists are on a line; keys, strings and numbers stand out.
+const pretty = (value) => JSON.stringify(value, null, 2).replace(/[[{][^[\]{}]{0,70}[\]}]/g,
+  (list) => list.replace(/\n\s*/g, " "));
+const coloured = (line) => {
+  const value = parsed(line), parts = value === undefined ? [line] : pretty(value).slice(0, 20_000)
+    .split(/("(?:[^"\\]|\\.)*"(?:: )?|\b\d[\d.eE+-]*\b)/);
+  return [...parts.map((part, index) => index % 2 === 0 ? part
+    : make(part.endsWith('": ') ? "b" : part[0] === '"' ? "i" : "em", part)), "\n"];
+};
+const section = (title, aside, headers = [], text = "") => make("section",
+  make("h3", title, make("span", aside)), make("dl", headers.flatMap(([name, value]) =>
+    [make("dt", name), make("dd", hideSecrets(value))])),
+  text && make("pre", {tabIndex: 0}, text.split("\n").flatMap(coloured)));
+// A page can read neither what a browser adds nor a 101's headers: only if the server tells it.
+const addedTo = ({kind, seen, text, headers}) => {
+  const echo = seen ?? parsed(text), own = new Set(headers.map((pair) => pair.join(": ")));
+  if (!echo?.http_version) return section("Added by the browser", "hidden from scripts",
+    (kind === "open" ? ["host", "origin", "connection", "upgrade", "sec-websocket-key"]
+      : ["host", "user-agent", "accept"]).map((name) => [name, "…"]));
+  const added = echo.headers.filter(([name, value]) => !own.has(`${name}: ${hideSecrets(value)}`));
+  return section("Added by the browser",
+    `${plural(added.length, "header")}, as the server saw them`, added);
+};
+const curlOf = ({kind, method, path, headers, body}) => {
+  const quote = (text) => `'${text.replace(/eyJ\S*…/g, "TOKEN").replaceAll("'", "'\\''")}'`;
+  const upgrade = kind === "http" ? [] : [["connection", "Upgrade"], ["upgrade", "websocket"],
+    ["sec-websocket-version", "13"], ["sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="]];
+  return [`curl -i -X ${method} ${quote(location.origin + path)}`,
+    ...[...headers, ...upgrade].map((pair) => `-H ${quote(pair.join(": "))}`),
+    ...(body ? [`--data-raw ${quote(body)}`] : [])].join(" \\\n  ");
+};
+const copy = (text) => navigator.clipboard?.writeText(text)
+  ?? note("Without https the browser lets no page copy.", true);
+const SECTIONS = {  // what an opened entry shows, by its kind
+  http: (entry) => [section("Request", entry.title, entry.headers, entry.body), addedTo(entry),
+    section("Answer", entry.status > 0 ? `${entry.status} ${entry.reason}` : "none",
+      entry.answered, entry.text)],
+  open: (entry) => [section("Request", entry.title, entry.headers), addedTo(entry),
+    section("Answer", entry.status ? "101 Switching Protocols" : "none", [
+      ["sec-websocket-accept", "hidden from scripts"],
+      ["sec-websocket-protocol", entry.picked || "none"],
+      ["ping, pong", "a browser answers them itself, and tells no page"]])],
+  close: ({code, texts}) => [section("Close frame", `code ${code}`, [], texts.join("\n"))],
+  frame: ({way, bytes, texts}) => {
+    const head = (bytes < 126 ? 2 : bytes < 65_536 ? 4 : 10) + (way === "out" ? 4 : 0);
+    const size = `${bytes} B, and a head of ${head}${way === "out" ? ", 4 of it the mask" : ""}`;
+    return [section("Payload", size, [], texts.join("\n"))];
+  },
+};
+const cardOf = (entry) => {
+  const {kind, headers, at, again} = entry;
+  const exact = `${at.toTimeString().slice(0, 8)}.${String(at.getMilliseconds()).padStart(3, "0")}`;
+  return make("div.card", make("div.row.small",
+    headers && button("Copy as curl", () => copy(curlOf(entry)), ".link"),
+    again && button("Send again", () => again().catch(() => {}), ".link"), make("time", exact)),
+  SECTIONS[kind](entry));
+};
+const chipOf = ({kind, status, code, count, event}) => {
+  if (kind === "frame") return event?.type === "error" ? [event.code, "warn"]
+    : [count > 1 ? `× ${count}` : "", ""];
+  if (kind === "close")
+    return [code, [1006, 1008, 1009].includes(code) ? "bad" : code === 1013 ? "warn" : ""];
+  if (status < 1) return status ? ["failed", "bad"] : ["…", ""];
+  const colours = {1: "switch", 2: "good", 5: "bad"};
+  return [status, colours[String(status)[0]] ?? "warn"];
+};
+const previewOf = ({kind, event, types, texts}) => kind !== "frame" ? ""
+  : types.length ? event?.text?.slice(0, 80) ?? event?.user ?? "" : texts.at(-1).slice(0, 80);
+const entryRow = cached((entry, chip, colour, ms, bytes, sentence) => {
+  const {kind, title, way = "", lane, through = [], socket} = entry, isClose = kind === "close";
+  const number = (value, unit, kind = "") => make(`span.number${kind}`,
+    value === undefined ? "" : `${Math.round(value).toLocaleString()} ${unit}`);
+  const details = make("details", make("summary", make("span.head",
+    make("span.unseen", {in: "received: ", out: "sent: "}[way]), make("b.cut", title),
+    chip && make(`span.chip.${colour}`, chip), make("span.preview.cut", previewOf(entry)),
+    number(ms, "ms", ".ms"), number(bytes, "B"), make("span.turn")),
+  make("span.sentence", sentence)), entry.opened && cardOf(entry));
+  const isOpened = way && socket?.entry.status !== 0;  // else the door was shut before 101
+  details.open = entry.opened;
+  details.ontoggle = () => {  // what is open stays in sight, whatever comes
+    if (details.open === Boolean(entry.opened)) return;
+    entry.opened = details.open;
+    if (entry.opened) details.append(cardOf(entry)); else details.lastChild.remove();
+    if (entry.opened && $("frames").scrollTop > -1) $("frames").scrollTop = -1;
+    if (entry.opened) details.scrollIntoView({block: "nearest"});
+  };
+  return make(`li.entry.${way}.${lane === 1 ? "second" : ""}`, {entry},
+    through.map((one) => make(one ? "span.pass.second" : "span.pass")),
+    isOpened && make(`span.pass.own.${isClose ? "last" : ""}`),
+    way ? make(`span.node.frame.${isClose ? "square" : ""}.${colour}`, icon(way))
+      : make("span.node.ring"), details);
+});
+const rowOf = (entry) =>
+  entryRow(entry, ...chipOf(entry), entry.ms, entry.bytes, sentenceOf(entry));
+const drawWire = () => {
+  const {entries, pausedAt, operations, tried} = state, method = $("method").value;
+  const wanted = $("filter").value.toLowerCase(), isSocket = method === "WS";
+  const until = entries.filter(({at}) => !pausedAt || at <= pausedAt);
+  const found = until.filter((entry) => [entry.title, entry.status, entry.text, entry.body,
+    sentenceOf(entry), ...entry.texts ?? []].join(" ").toLowerCase().includes(wanted));
+  arrange($("list"), found.map(rowOf));
+  put("pause", {ariaPressed: String(pausedAt !== null),
+    textContent: pausedAt ? `Paused, ${entries.length - until.length}` : "Pause"});
+  say("chapter", `Answered by ${chapterOf(operationOf(method, $("path").value))}`);
+  say("go", !isSocket ? "Send" : tried ? "Close" : "Open");
+  put("socketRow", {hidden: !isSocket});
+  put("sendFrame", {disabled: tried?.readyState !== WebSocket.OPEN});
+  const paths = isSocket ? Object.keys(SOCKETS) : operations.map(({path}) => path);
+  arrange($("paths"), [...new Set(paths)].map((path) => optionRow(path)));
+};
+const optionRow = cached((value) => make("option", {value}), new Map());
 
 // -- The wire's form ---------------------------------------------------------------------------
 const showWire = (open) => {
@@ -4140,55 +4016,38 @@ const showWire = (open) => {
 };
 on("wireButton", "click", () => showWire($("wire").hidden));
 on("closeWire", "click", () => { showWire(false); $("wireButton").focus(); });
-on("filter", "input", render);
 on("clear", "click", () => { state.entries = []; render(); });
-on("explain", "click", ({target}) => { target.ariaPressed = String(!isExplaining()); render(); });
+on("explain", "click", ({target}) => {
+  target.ariaPressed = String(target.ariaPressed === "false");
+});
 on("pause", "click", () => { state.pausedAt = state.pausedAt ? null : new Date(); render(); });
 const showEntry = (entry, block) => {
-  entry.opened = true; drawWire(); wireRow(entry).scrollIntoView({block});
+  drawWire(); const row = rowOf(entry);
+  row.querySelector("details").open = true; row.scrollIntoView({block});
 };
-const showOnWire = ({id, mid}) => {
+const showOnWire = (id, mid) => {
   const entry = state.entries.findLast(({texts = []}) => texts.some((text) =>
     text.includes(`"id":${id},`) || (mid && text.includes(`"mid":"${mid}"`))));
   showWire(true); $("filter").value = "";
   if (entry) showEntry(entry, "center"); else note("It is not among what the wire still shows.");
 };
-let tried = null;  // the socket that the form talks to
-const BODIES = {JSON: '{"hello": "world"}', form: "name=Ann\nname=Bob"};
-const showForm = () => {
-  const isSocket = $("method").value === "WS", kind = $("kind").value;
-  $("socketRow").hidden = !isSocket;
-  say("go", !isSocket ? "Send" : tried ? "Close" : "Open");
-  $("sendFrame").disabled = tried?.readyState !== WebSocket.OPEN;
-  $("file").hidden = kind !== "file"; $("body").hidden = !(kind in BODIES);
-  const paths = new Set(isSocket ? Object.keys(SOCKETS) : state.operations.map(({path}) => path));
-  $("paths").replaceChildren(...[...paths].map((value) => make("option", {value}))); render();
-};
-on("kind", "change", ({target: {value: kind}}) => {
-  $("body").value = BODIES[kind] ?? "";
-  if (kind !== "no body" && $("method").value === "GET") $("method").value = "POST";
-  showForm();
-});
-on("fold", "click", ({target}) => {
-  $("more").hidden = !$("more").hidden; target.ariaExpanded = String(!$("more").hidden);
-});
-on("method", "change", ({target}) => {
-  const isSocket = target.value === "WS", path = $("path");
+for (const id of ["filter", "path"]) on(id, "input", render);
+on("method", "change", ({target: {value}}) => {
+  const isSocket = value === "WS", path = $("path");
   if (isSocket !== path.value.startsWith("/ws"))
     path.value = isSocket ? "/ws/json" : "/inspect/hello?a=1&a=2";
-  if (/GET|HEAD/.test(target.value)) $("kind").value = "no body";  // browsers send none with these
-  showForm();
+  render();
 });
-on("path", "input", render);
 const pairs = (lines, sign) => lines.split("\n").filter((line) => line.includes(sign)).map((line) =>
   [line.slice(0, line.indexOf(sign)).trim(), line.slice(line.indexOf(sign) + 1).trim()]);
-const bodyOf = (kind, text) => {  // its content type, and itself
-  if (kind === "JSON") return ["application/json", text];
-  if (kind === "form") return ["application/x-www-form-urlencoded",
-    `${new URLSearchParams(pairs(text, "="))}`];
-  const data = new FormData();
-  data.append("file", $("file").files[0] ?? "");
-  return [null, kind === "file" ? data : undefined];  // the browser adds the type and boundary
+// The body of the form and its type: a file, JSON, or lines as a form; browsers send none with GET.
+const bodyOf = (method) => {
+  const text = $("body").value.trim(), [file] = $("file").files, data = new FormData();
+  if (/GET|HEAD/.test(method) || !(text || file)) return [];
+  if (parsed(text) !== undefined) return [text, "application/json"];
+  if (!file) return [String(new URLSearchParams(pairs(text, "="))),
+    "application/x-www-form-urlencoded"];
+  data.append("file", file); return [data];  // the browser adds the type and the boundary
 };
 const trySocket = async () => {
   if ($("path").value === "/ws/{session_id}") {
@@ -4197,12 +4056,12 @@ const trySocket = async () => {
   const url = socketUrl($("path").value), {token} = state.login;
   if ($("withToken").checked || url.pathname === "/ws/protected")
     url.searchParams.set("token", token);
-  tried = openSocket(url);
-  tried.addEventListener("open", showForm);
-  tried.addEventListener("close", () => { tried = null; showForm(); }); showForm();
+  state.tried = openSocket(url); render();
+  state.tried.addEventListener("open", render);
+  state.tried.addEventListener("close", () => { state.tried = null; render(); });
 };
 onSubmit($("form"), $("formProblem"), async ({submitter}) => {
-  const method = $("method").value, [type, body] = bodyOf($("kind").value, $("body").value);
+  const method = $("method").value, {tried} = state, [body, type] = bodyOf(method);
   if (method === "WS" && !tried) return trySocket();
   if (method === "WS") return submitter === $("go") && document.activeElement !== $("frameText")
     ? tried.close() : sendFrame(tried, $("frameText").value);  // Enter there presses the first
@@ -4214,7 +4073,7 @@ onSubmit($("form"), $("formProblem"), async ({submitter}) => {
 });
 
 // -- The start: the log-in page shows what a log-in is going to put on the wire ------------------
-const JSON_TYPE = [["content-type", "application/json"]], at = new Date();
+const JSON_TYPE = [["content-type", "application/json"]];
 const sample = [{kind: "http", method: "POST", path: "/login", title: "POST /login", status: 200,
   reason: "OK", ms: 212, bytes: 437, headers: JSON_TYPE, answered: JSON_TYPE,
   body: '{"username":"mira","password":"…"}',
@@ -4227,17 +4086,15 @@ frameOf("out", '{"type":"message","room":"lobby","text":"大家好","mid":"k3-9f
 frameOf("in", '{"type":"message","id":1042,"room":"lobby","user":"sara","text":"大家好"}', 9),
 frameOf("in", '{"type":"typing","room":"lobby","user":"jonas"}'),
 {kind: "close", way: "in", title: "close", code: 1000, bytes: 2, texts: ["1000"]}];
-$("sample").append(...sample.map((entry) => wireRow(Object.assign(entry, {at}))));
-for (const id of ["frames", "sample"]) on(id, "click", openEntry);
+$("sample").append(...sample.map((entry) => rowOf(Object.assign(entry, {at: new Date()}))));
 const DEMO = {user1: "password1", user2: "password2", admin: "adminpassword"};
 $("demo").hidden = !["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
 $("demo").lastElementChild.append(...Object.keys(DEMO).map((name) => button(name, () => {
   $("username").value = name; $("password").value = DEMO[name];
   $("credentials").requestSubmit();
 }, ".quiet")));
-showForm();
-state.login = kept("login", null, sessionStorage) ?? kept("login");
-if (state.login) { watchLogIn(); connect(); } else render();
+state.login = kept("login", null, "sessionStorage") ?? kept("login");
+if (state.login) connect(); else render();
 </script>
 </body>
 </html>
