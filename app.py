@@ -2600,7 +2600,8 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 /* The chat: side bar, header, messages, composer */
 #app { height: 100dvh; display: grid; grid-template: 100dvh / 248px minmax(0, 1fr);
   overflow: hidden; }
-#app.wired { grid-template-columns: 248px minmax(0, 1fr) clamp(352px, 34%, 480px); }
+#app:has(#wire:not([hidden])) {
+  grid-template-columns: 248px minmax(0, 1fr) clamp(352px, 34%, 480px); }
 #side, #room, #wire { display: flex; flex-direction: column; min-width: 0; min-height: 0; }
 #side, #wire { background: var(--shade); border: 0 solid var(--line); border-radius: 0; }
 #side { position: static; width: auto; height: auto; margin: 0; padding: 0 8px 8px;
@@ -2626,7 +2627,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 .day, .new, .notice, .empty { overflow-anchor: none; }
 .day, .new { gap: 12px; margin: 16px var(--column) 6px; }
 .day::before, .day::after, .new::before { content: ""; flex: 1; border-top: 1px solid var(--line); }
-.new { color: var(--accent); &::before { border-color: currentColor; } }
+.new { color: var(--accent); scroll-margin-top: 60px; &::before { border-color: currentColor; } }
 .notice { margin-inline: var(--column); padding: 4px 0 4px 44px; white-space: pre-wrap; }
 .message { display: grid; grid-template-columns: 32px minmax(0, 1fr); column-gap: 12px;
   position: relative; margin: 8px calc(var(--column) - 20px) 0; padding: 3px 20px 4px;
@@ -2642,10 +2643,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
     border: 1px solid var(--line); border-radius: 5px; }
   pre { padding: 8px 12px; margin-block: 4px; overflow-x: auto; white-space: pre; }
   :is(.gone, .waiting) > & { color: var(--dim); } .gone > & { font-style: italic; } }
-.state { display: flex; gap: 8px; flex-wrap: wrap; user-select: none;
-  &::before { content: ""; position: absolute; inset-inline-start: 31px; width: 10px;
-    height: 10px; margin-top: 4px; border: 2px solid var(--edge); border-radius: 50%; }
-  .failed &::before { background: var(--wrong); border-color: var(--wrong); border-radius: 2px; } }
+.state { display: flex; gap: 8px; flex-wrap: wrap; user-select: none; }
 .tools { position: absolute; inset-inline-end: 20px; top: 2px; display: flex; z-index: 1;
   background: var(--paper); border: 1px solid var(--line); border-radius: 8px; user-select: none;
   .message:not(:hover, :focus-within) & { display: none; }
@@ -2709,7 +2707,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 
 /* Small windows, touch, motion */
 @media (max-width: 1100px) {
-  #app.wired { grid-template-columns: 1fr 1fr; #menu { display: grid; }
+  #app:has(#wire:not([hidden])) { grid-template-columns: 1fr 1fr; #menu { display: grid; }
     #side:not(:popover-open) { display: none; } }
 }
 @container (max-width: 479px) {
@@ -2724,7 +2722,8 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 @media (max-width: 700px) {
   #access { padding: 0; place-content: start stretch; grid-template-columns: 100%; }
   #panel { border-radius: 0; box-shadow: none; > * { padding: 32px 20px; } }
-  #app, #app.wired { grid-template-columns: minmax(0, 1fr); #menu { display: grid; } }
+  #menu { display: grid; }
+  #app, #app:has(#wire:not([hidden])) { grid-template-columns: minmax(0, 1fr); }
   #side:not(:popover-open), #hint:not(.problem), #wire > header p { display: none; }
   #room { --column: 20px; }
   #wire { position: fixed; inset: 0; z-index: 2; border: 0; } #try > summary { display: block; }
@@ -2737,7 +2736,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   button.link, summary.link { padding-block: 10px; } [type=checkbox] { min-height: 0 !important; }
 }
 @media (prefers-reduced-motion: no-preference) {
-  button { transition: background .12s; } .entry { animation: rise .35s backwards; }
+  button { transition: background .12s; } .fresh { animation: rise .35s backwards; }
   @keyframes rise { from { translate: 0 6px; opacity: 0; } }
 }
 </style>
@@ -2928,6 +2927,10 @@ const kept = (name, fallback = null, storage = "localStorage") => {
   try { return parsed(window[storage].getItem(`lobby.${name}`)) ?? fallback; }
   catch { return fallback; }
 };
+const keptNames = () => {
+  try { return Object.keys(localStorage).map((name) => name.replace("lobby.", "")); }
+  catch { return []; }
+};
 const keep = (name, value, storage = "localStorage") => {
   try {
     if (value === null) window[storage].removeItem(`lobby.${name}`);
@@ -3004,7 +3007,10 @@ const openSocket = (url, protocols = []) => {
     status: 0, headers: list ? [["sec-websocket-protocol", list]] : []});
   lanes[lane] = Object.assign(socket, {binaryType: "arraybuffer", lane, entry, asked: new Map()});
   socket.addEventListener("open", () => {
-    Object.assign(entry, {status: 101, picked: socket.protocol, ms: performance.now() - start});
+    Object.assign(entry, {status: 101, reason: "Switching Protocols", picked: socket.protocol,
+      ms: performance.now() - start, answered: [["sec-websocket-accept", "hidden from scripts"],
+        ["sec-websocket-protocol", socket.protocol || "none"],
+        ["ping, pong", "a browser answers them itself, and tells no page"]]});
     socket.asked.set("", performance.now()); render();
   });
   socket.addEventListener("message", ({data}) => recordFrame(socket, "in", data));
@@ -3149,9 +3155,8 @@ addEventListener("hashchange", () => {
 let sending = null, answerTimer = 0;  // the mid that waits; one after the other keeps their order
 const keepItem = (item, value = item) => keep(`outbox.${state.me}.${item.mid}`, value);
 const loadOutbox = () => {
-  const mine = `lobby.outbox.${state.me}.`;
-  const names = Object.keys(localStorage).filter((name) => name.startsWith(mine));
-  const items = names.map((name) => kept(name.slice("lobby.".length))).filter(Boolean);
+  const mine = keptNames().filter((name) => name.startsWith(`outbox.${state.me}.`));
+  const items = mine.map((name) => kept(name)).filter(Boolean);
   for (const item of items.sort((one, other) => one.at - other.at)) {
     if (!state.outbox.has(item.mid)) state.outbox.set(item.mid, item);
     roomOf(item.room);  // to be seen somewhere
@@ -3468,13 +3473,10 @@ const rowsOf = (room) => {
   }
   return rows;
 };
-const topOf = (element) => element.getBoundingClientRect().top;
 // A room opens at its first new message, or where it was left.
 const arrive = (room) => {
-  const log = $("chatLog"), line = log.querySelector(".new");
-  log.scrollTop = line ? 0 : room.place;
-  const down = line ? topOf(line) - topOf(log) : 0;
-  if (down < 0) log.scrollTop += down - 60;
+  const line = $("messages").querySelector(".new");
+  $("chatLog").scrollTop = line ? 0 : room.place; line?.scrollIntoView({block: "nearest"});
   room.place = 0; state.arriving = false;
 };
 const quietly = () => {  // a screen reader hears only news
@@ -3926,29 +3928,19 @@ const curlOf = ({kind, method, path, headers, body}) => {
 };
 const copy = (text) => navigator.clipboard?.writeText(text)
   ?? note("Without https the browser lets no page copy.", true);
-const SECTIONS = {  // what an opened entry shows, by its kind
-  http: (entry) => [section("Request", entry.title, entry.headers, entry.body), addedTo(entry),
-    section("Answer", entry.status > 0 ? `${entry.status} ${entry.reason}` : "none",
-      entry.answered, entry.text)],
-  open: (entry) => [section("Request", entry.title, entry.headers), addedTo(entry),
-    section("Answer", entry.status ? "101 Switching Protocols" : "none", [
-      ["sec-websocket-accept", "hidden from scripts"],
-      ["sec-websocket-protocol", entry.picked || "none"],
-      ["ping, pong", "a browser answers them itself, and tells no page"]])],
-  close: ({code, texts}) => [section("Close frame", `code ${code}`, [], texts.join("\n"))],
-  frame: ({way, bytes, texts}) => {
-    const head = (bytes < 126 ? 2 : bytes < 65_536 ? 4 : 10) + (way === "out" ? 4 : 0);
-    const size = `${bytes} B, and a head of ${head}${way === "out" ? ", 4 of it the mask" : ""}`;
-    return [section("Payload", size, [], texts.join("\n"))];
-  },
+const frameSection = ({code, way, bytes, texts}) => {
+  const head = (bytes < 126 ? 2 : bytes < 65_536 ? 4 : 10) + (way === "out" ? 4 : 0);
+  const size = `${bytes} B, and a head of ${head}${way === "out" ? ", 4 of it the mask" : ""}`;
+  return section(code ? "Close frame" : "Payload", size, [], texts.join("\n"));
 };
 const cardOf = (entry) => {
-  const {kind, headers, at, again} = entry;
+  const {kind, way, title, headers, body, status, reason, answered, text, at, again} = entry;
   const exact = `${at.toTimeString().slice(0, 8)}.${String(at.getMilliseconds()).padStart(3, "0")}`;
   return make("div.card", make("div.row.small",
     headers && button("Copy as curl", () => copy(curlOf(entry)), ".link"),
     again && button("Send again", () => again().catch(() => {}), ".link"), make("time", exact)),
-  SECTIONS[kind](entry));
+  way ? frameSection(entry) : [section("Request", title, headers, body), addedTo(entry),
+    section("Answer", status > 0 ? `${status} ${reason}` : "none", answered, text)]);
 };
 const chipOf = ({kind, status, code, count, event}) => {
   if (kind === "frame") return event?.type === "error" ? [event.code, "warn"]
@@ -3979,7 +3971,9 @@ const entryRow = cached((entry, chip, colour, ms, bytes, sentence) => {
     if (entry.opened && $("frames").scrollTop > -1) $("frames").scrollTop = -1;
     if (entry.opened) details.scrollIntoView({block: "nearest"});
   };
-  return make(`li.entry.${way}.${lane === 1 ? "second" : ""}`, {entry},
+  const isFresh = !entry.isDrawn;
+  entry.isDrawn = true;
+  return make(`li.entry.${way}.${lane === 1 ? "second" : ""}.${isFresh ? "fresh" : ""}`,
     through.map((one) => make(one ? "span.pass.second" : "span.pass")),
     isOpened && make(`span.pass.own.${isClose ? "last" : ""}`),
     way ? make(`span.node.frame.${isClose ? "square" : ""}.${colour}`, icon(way))
@@ -4008,8 +4002,7 @@ const optionRow = cached((value) => make("option", {value}), new Map());
 // -- The wire's form ---------------------------------------------------------------------------
 const showWire = (open) => {
   const isWhole = open && matchMedia("(max-width: 700px)").matches;  // it covers the screen
-  $("wire").hidden = !open; $("app").classList.toggle("wired", open);
-  $("wireButton").ariaExpanded = String(open);
+  $("wire").hidden = !open; $("wireButton").ariaExpanded = String(open);
   $("room").inert = isWhole; $("try").open = !isWhole;
   if (open && !state.operations.length) learnOperations();
   render();
