@@ -2619,11 +2619,12 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 #room { position: relative; container-type: inline-size; }
 #top { flex: none; height: 52px; padding-inline: var(--column);
   border-bottom: 1px solid var(--line); h2 { flex: none; max-width: 60%; } }
-#query { width: min(220px, 40vw); } #status { flex: none; }
+#searching { flex: 0 1 220px; } #query { width: 100%; } #status { flex: none; }
 #menu { display: none; position: relative; .count { position: absolute; top: -2px; left: 16px; } }
 #chatLog, #frames { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; }
 #messages { padding-block: 20px 16px; &:has(.empty) { margin-block: auto; }
-  &:has(.found-head) { margin-bottom: auto; } }
+  &:has(> .head) { margin-bottom: auto; } }
+.found { margin-inline: calc(var(--column) + 32px) var(--column); }
 .day, .new, .notice, .empty { overflow-anchor: none; }
 .day, .new { gap: 12px; margin: 16px var(--column) 6px; }
 .day::before, .day::after, .new::before { content: ""; flex: 1; border-top: 1px solid var(--line); }
@@ -3609,12 +3610,12 @@ const hitRow = cached((item, q, isAround) => make("article.message", {item, tabI
   avatar(item.user), authorOf(item.user,
     timeOf(item.at, `${dayName(dayOf(item))} ${clock.format(item.at * 1_000)}`),
     !isAround && button("Go there", () => jump(item), ".link")), textOf(item.text, q)));
-const nameRow = cached(({room, isNew, online, username, role, banned}) => make("p.notice.row.found",
+const nameRow = cached(({room, isNew, online, username, role, banned}) => make("p.found.row",
   username ? button(username, ({target}) => showPerson(username, target))
     : button(isNew ? `Make # ${isNew}` : `# ${room}`, () => openRoom(isNew ?? room)),
-  username ? (banned ? "banned" : role) : online > 0 && `${online} here`));
-const headRow = cached((search, words) => make("p.notice.row", make("span.grow", {role: "status"},
-  words), search.more && button("More", () => find(search.found), ".link"),
+  make("span.small.dim", username ? (banned ? "banned" : role) : online > 0 && `${online} here`)));
+const headRow = cached((search, words) => make("p.notice.head.row",
+  make("span.grow", {role: "status"}, words), search.more && button("More", () => find(search.found), ".link"),
 button(`Back to ${titleOf(state.current)}`, endSearch, ".link")));
 const searchRows = (search) => {
   const {kind, q, found, isAround} = search, isNames = kind !== "messages";
@@ -4055,6 +4056,7 @@ const trySocket = async () => {
 };
 onSubmit($("form"), $("formProblem"), async ({submitter}) => {
   const method = $("method").value, {tried} = state, [body, type] = bodyOf(method);
+  $("frames").scrollTop = 0;
   if (method === "WS" && !tried) return trySocket();
   if (method === "WS") return submitter === $("go") && document.activeElement !== $("frameText")
     ? tried.close() : sendFrame(tried, $("frameText").value);  // Enter there presses the first
