@@ -2623,7 +2623,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 #menu { display: none; position: relative; .count { position: absolute; top: -2px; left: 16px; } }
 #chatLog, #frames { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; }
 #messages { padding-block: 20px 16px; &:has(.empty) { margin-block: auto; }
-  &:has(> .head) { margin-bottom: auto; } }
+  &:has(.results) { margin-bottom: auto; } }
 .found { margin-inline: calc(var(--column) + 32px) var(--column); }
 .day, .new, .notice, .empty { overflow-anchor: none; }
 .day, .new { gap: 12px; margin: 16px var(--column) 6px; }
@@ -2924,18 +2924,16 @@ const render = () => { drawTimer ||= setTimeout(draw, 16); };
 
 // -- What is kept in the browser ---------------------------------------------------------------
 const parsed = (text) => { try { return JSON.parse(text); } catch { return undefined; } };
-const kept = (name, fallback = null, storage = "localStorage") => {
-  try { return parsed(window[storage].getItem(`lobby.${name}`)) ?? fallback; }
-  catch { return fallback; }
+const storageOf = (name) => {  // a browser may keep nothing for a page
+  try { return window[name]; } catch { return {getItem: () => null, removeItem() {}}; }
 };
-const keptNames = () => {
-  try { return Object.keys(localStorage).map((name) => name.replace("lobby.", "")); }
-  catch { return []; }
-};
-const keep = (name, value, storage = "localStorage") => {
+const local = storageOf("localStorage"), session = storageOf("sessionStorage");
+const kept = (name, fallback = null, storage = local) =>
+  parsed(storage.getItem(`lobby.${name}`)) ?? fallback;
+const keep = (name, value, storage = local) => {
   try {
-    if (value === null) window[storage].removeItem(`lobby.${name}`);
-    else window[storage].setItem(`lobby.${name}`, JSON.stringify(value));
+    if (value === null) storage.removeItem(`lobby.${name}`);
+    else storage.setItem(`lobby.${name}`, JSON.stringify(value));
   } catch { state.why = "this browser keeps nothing, so what is not sent goes with the tab"; }
 };
 // What another tab of this browser has sent, read, or learnt about the log-in.
@@ -3047,10 +3045,9 @@ const claimsOf = ({token}) => {  // what a token says of itself; only the server
   catch { return {}; }
 };
 const lifeOf = (login) => (claimsOf(login).exp - claimsOf(login).iat) * 1_000 || 3_600_000;
-const keepLogIn = (value) =>
-  keep("login", value, state.login.stay ? "localStorage" : "sessionStorage");
+const keepLogIn = (value) => keep("login", value, state.login.stay ? local : session);
 const takeLogIn = (token, stay) => {
-  if (stay) keep("login", null, "sessionStorage");
+  if (stay) keep("login", null, session);
   state.login = {token, stay, renewAt: Date.now() + 0.8 * lifeOf({token})};
   keepLogIn(state.login);
 };
@@ -3156,8 +3153,8 @@ addEventListener("hashchange", () => {
 let sending = null, answerTimer = 0;  // the mid that waits; one after the other keeps their order
 const keepItem = (item, value = item) => keep(`outbox.${state.me}.${item.mid}`, value);
 const loadOutbox = () => {
-  const mine = keptNames().filter((name) => name.startsWith(`outbox.${state.me}.`));
-  const items = mine.map((name) => kept(name)).filter(Boolean);
+  const mine = Object.keys(local).filter((name) => name.startsWith(`lobby.outbox.${state.me}.`));
+  const items = mine.map((name) => parsed(local.getItem(name))).filter(Boolean);
   for (const item of items.sort((one, other) => one.at - other.at)) {
     if (!state.outbox.has(item.mid)) state.outbox.set(item.mid, item);
     roomOf(item.room);  // to be seen somewhere
@@ -3614,15 +3611,16 @@ const nameRow = cached(({room, isNew, online, username, role, banned}) => make("
   username ? button(username, ({target}) => showPerson(username, target))
     : button(isNew ? `Make # ${isNew}` : `# ${room}`, () => openRoom(isNew ?? room)),
   make("span.small.dim", username ? (banned ? "banned" : role) : online > 0 && `${online} here`)));
-const headRow = cached((search, words) => make("p.notice.head.row",
-  make("span.grow", {role: "status"}, words), search.more && button("More", () => find(search.found), ".link"),
-button(`Back to ${titleOf(state.current)}`, endSearch, ".link")));
+const resultRow = cached(({found, more}, words) => make("p.notice.results.row",
+  make("span.grow", {role: "status"}, words),
+  more && button("More", () => find(found), ".link"),
+  button(`Back to ${titleOf(state.current)}`, endSearch, ".link")));
 const searchRows = (search) => {
   const {kind, q, found, isAround} = search, isNames = kind !== "messages";
   const words = isNames ? (found.length ? LOOKS[kind] : "No name begins so.")
     : isAround ? `“${q}”, and what was said around it`
       : `${plural(found.length, "message")} with “${q}”, newest first`;
-  return [headRow(search, words),
+  return [resultRow(search, words),
     ...found.map((one) => isNames ? nameRow(one) : hitRow(one, q, isAround))];
 };
 
@@ -4088,7 +4086,7 @@ $("demo").lastElementChild.append(...Object.keys(DEMO).map((name) => button(name
   $("username").value = name; $("password").value = DEMO[name];
   $("credentials").requestSubmit();
 }, ".quiet")));
-state.login = kept("login", null, "sessionStorage") ?? kept("login");
+state.login = kept("login", null, session) ?? kept("login");
 if (state.login) connect(); else render();
 </script>
 </body>
