@@ -3418,8 +3418,6 @@ const avatar = (user) => {
     [...user][0].toUpperCase());
   element.style.setProperty("--hue", sum * 137 % 360); return element;
 };
-const authorOf = (user, ...more) => make("div.who", make("button.cut", {tabIndex: -1, dir: "auto",
-  onclick: ({target}) => showPerson(user, target)}, user), ...more);
 const toolsOf = ({id, user, room, text, mid, at, grouped}) => {
   const remove = ({target}) => target.replaceWith(button("Really delete?", () =>
     attempt("DELETE", `${pathOf(room)}/${id}`), ".delete"));
@@ -3427,13 +3425,19 @@ const toolsOf = ({id, user, room, text, mid, at, grouped}) => {
     button("On the wire", () => showOnWire(id, mid)),
     (user === state.me || may("moderator", "admin")) && button("Delete", remove, ".delete"));
 };
-const messageRow = cached((item, kind, waits) => {
-  const {user, at, mid, problem} = item, isDone = kind.includes("done");
+// `kind`: its classes; `waits`: why it is not sent yet; `q`: what was searched for.
+const messageRow = cached((item, kind, waits = "", q = "") => {
+  const {user, at, mid, problem, text} = item, time = clock.format(at * 1_000);
   return make(`article.message.${kind}`, {item, tabIndex: -1,
-    ariaLabel: `${user}, ${moment.format(at * 1_000)}`}, avatar(user), authorOf(user, timeOf(at)),
-  textOf(item.gone ? "Message deleted" : item.text), waits && make("p.state", waits,
+    ariaLabel: `${user}, ${moment.format(at * 1_000)}`}, avatar(user),
+  make("div.who", make("button.cut", {tabIndex: -1, dir: "auto",
+    onclick: ({target}) => showPerson(user, target)}, user),
+  timeOf(at, q ? `${dayName(dayOf(item))} ${time}` : time),
+  kind === "hit" && button("Go there", () => jump(item), ".link")),
+  textOf(item.gone ? "Message deleted" : text, q), waits && make("p.state", waits,
     problem && button("Try again", () => tryAgain(item), ".link"),
-    problem && button("Discard", () => settle(mid), ".link")), isDone && toolsOf(item));
+    problem && button("Discard", () => settle(mid), ".link")),
+  kind.includes("done") && toolsOf(item));
 });
 const lineRow = (kind) => cached((thing, text) => make(kind, text));
 const dayRow = lineRow("p.day"), newRow = lineRow("p.new");
@@ -3603,10 +3607,6 @@ const jump = async (hit) => {
   const row = [...$("messages").children].find(({item}) => item?.id === id);
   row.scrollIntoView({block: "center"}); row.focus();
 };
-const hitRow = cached((item, q, isAround) => make("article.message", {item, tabIndex: -1},
-  avatar(item.user), authorOf(item.user,
-    timeOf(item.at, `${dayName(dayOf(item))} ${clock.format(item.at * 1_000)}`),
-    !isAround && button("Go there", () => jump(item), ".link")), textOf(item.text, q)));
 const nameRow = cached(({room, isNew, online, username, role, banned}) => make("p.found.row",
   username ? button(username, ({target}) => showPerson(username, target))
     : button(isNew ? `Make # ${isNew}` : `# ${room}`, () => openRoom(isNew ?? room)),
@@ -3621,7 +3621,7 @@ const searchRows = (search) => {
     : isAround ? `“${q}”, and what was said around it`
       : `${plural(found.length, "message")} with “${q}”, newest first`;
   return [resultRow(search, words),
-    ...found.map((one) => isNames ? nameRow(one) : hitRow(one, q, isAround))];
+    ...found.map((one) => isNames ? nameRow(one) : messageRow(one, isAround ? "" : "hit", "", q))];
 };
 
 // -- What floats: a person's card, and a dialog that asks for passwords --------------------------
