@@ -3439,9 +3439,7 @@ const messageRow = cached((item, kind, waits = "", q = "") => {
     problem && button("Discard", () => settle(mid), ".link")),
   kind.includes("done") && toolsOf(item));
 });
-const lineRow = (kind) => cached((thing, text) => make(kind, text));
-const dayRow = lineRow("p.day"), newRow = lineRow("p.new");
-const noticeRow = lineRow("p.notice"), errorRow = lineRow("p.notice.wrong");
+const lineRow = cached((thing, kind, text) => make(kind, text));
 const listed = (people, word) => {
   const names = [...people].slice(0, 5), rest = people.size - names.length;
   if (rest > 0) names.push(`${rest} more`);
@@ -3454,12 +3452,12 @@ const rowsOf = (room) => {
     const {user, at, id, joined, left, gone, problem} = item;
     const notice = joined ? [...listed(joined, "joined"), ...listed(left, "left")].join(", ")
       : item.notice;
-    if (notice) rows.push((item.isWrong ? errorRow : noticeRow)(item, notice));
+    if (notice) rows.push(lineRow(item, item.isWrong ? "p.notice.wrong" : "p.notice", notice));
     if (!user) continue;
     const isNextDay = dayOf(item) !== day, isOwn = user === state.me;
     const isFirstNew = !isMarked && id > room.newAfter && !isOwn;
-    if (isNextDay) rows.push(dayRow(item, dayName(day = item.day)));
-    if (isFirstNew) rows.push(newRow(room, `${room.newCount} new`));
+    if (isNextDay) rows.push(lineRow(item, "p.day", dayName(day = item.day)));
+    if (isFirstNew) rows.push(lineRow(room, "p.new", `${room.newCount} new`));
     isMarked ||= isFirstNew;
     // What was shown with its head keeps it, or the log would jump.
     item.grouped = item.grouped !== false && !isNextDay && !isFirstNew && head?.user === user
