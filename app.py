@@ -2665,7 +2665,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 #wire { border-inline-start-width: 1px;
   > header { height: 52px; flex: none; padding: 0 8px 0 16px; button { margin-left: auto; } } }
 #try { padding: 0 16px 10px; > summary { display: none; }
-  form, #more[open]::details-content { display: grid; gap: 8px;
+  &[open]::details-content, #more[open]::details-content { display: grid; gap: 8px;
     grid-template-columns: minmax(0, 1fr); } }
 #try :is(input, select, textarea), .card, .entry { font: 12px/1.5 var(--mono); }
 #wireTools { gap: 4px; padding: 6px 16px; border-block: 1px solid var(--line);
@@ -2728,6 +2728,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   #side:not(:popover-open), #hint:not(.problem), #wire > header p { display: none; }
   #room { --column: 20px; }
   #wire { position: fixed; inset: 0; z-index: 2; border: 0; } #try > summary { display: block; }
+  #app:has(#wire:not([hidden])) #room { visibility: hidden; }
 }
 @media (max-width: 700px), (pointer: coarse) {
   button:not(.link, .who *), select, input, summary.link { min-height: 40px !important; }
@@ -2743,21 +2744,20 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 </style>
 </head>
 <body>
-<svg hidden>
-  <symbol id="i-mark" viewBox="0 0 24 24"><circle cx="7.3" cy="7.3" r="2.2"/>
+<template id="icons">
+  <svg class="i-mark mark" viewBox="0 0 24 24"><circle cx="7.3" cy="7.3" r="2.2"/>
     <path d="M9.5 7.3h3.7a2.5 2.5 0 0 1 2.5 2.5v7.7"/>
-    <path d="M15.7 12.2h0M15.7 17.5h0" stroke-width="4.4"/></symbol>
-  <symbol id="i-search" viewBox="0 0 16 16"><path
-    d="M11.2 7a4.2 4.2 0 1 1-.1-.7m-.9 3.9 4 4"/></symbol>
-  <symbol id="i-wire" viewBox="0 0 16 16"><path d="M2 5h12l-3-3M14 11H2l3 3"/></symbol>
-  <symbol id="i-menu" viewBox="0 0 16 16"><path d="M2 4h12M2 8h12M2 12h12"/></symbol>
-  <symbol id="i-close" viewBox="0 0 16 16"><path d="m3 3 10 10M13 3 3 13"/></symbol>
-  <symbol id="i-more" viewBox="0 0 16 16"><path d="M3 8h0M8 8h0M13 8h0"/></symbol>
-  <symbol id="i-plus" viewBox="0 0 16 16"><path d="M8 2v12M2 8h12"/></symbol>
-  <symbol id="i-out" viewBox="0 0 16 16"><path d="M3 8h10M9 4l4 4-4 4"/></symbol>
-  <symbol id="i-in" viewBox="0 0 16 16"><path d="M13 8H3M7 4 3 8l4 4"/></symbol>
-</svg>
-<template id="iconTemplate"><svg><use/></svg></template>
+    <path d="M15.7 12.2h0M15.7 17.5h0" stroke-width="4.4"/></svg>
+  <svg class="i-search" viewBox="0 0 16 16"><path
+    d="M11.2 7a4.2 4.2 0 1 1-.1-.7m-.9 3.9 4 4"/></svg>
+  <svg class="i-wire" viewBox="0 0 16 16"><path d="M2 5h12l-3-3M14 11H2l3 3"/></svg>
+  <svg class="i-menu" viewBox="0 0 16 16"><path d="M2 4h12M2 8h12M2 12h12"/></svg>
+  <svg class="i-close" viewBox="0 0 16 16"><path d="m3 3 10 10M13 3 3 13"/></svg>
+  <svg class="i-more" viewBox="0 0 16 16"><path d="M3 8h0M8 8h0M13 8h0"/></svg>
+  <svg class="i-plus" viewBox="0 0 16 16"><path d="M8 2v12M2 8h12"/></svg>
+  <svg class="i-out" viewBox="0 0 16 16"><path d="M3 8h10M9 4l4 4-4 4"/></svg>
+  <svg class="i-in" viewBox="0 0 16 16"><path d="M13 8H3M7 4 3 8l4 4"/></svg>
+</template>
 <div id="access" role="main"><div id="panel"><div>
   <h1 class="row" data-icon="mark">Lobby</h1>
   <p class="lead">A team chat that loses nothing, and shows every request and frame it is made
@@ -2826,24 +2826,23 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
       <button id="closeWire" class="icon" data-icon="close" aria-label="Close the wire"></button>
     </header>
     <details id="try" open><summary class="link">Send a request, or open a socket</summary>
-      <form id="form">
-        <div class="row"><select id="method" aria-label="Method"><option>GET<option>POST<option>PUT
-            <option>PATCH<option>DELETE<option>OPTIONS<option>HEAD<option>WS</select>
-          <input id="path" class="grow" aria-label="Path" list="paths" spellcheck="false" size="1"
-            value="/inspect/hello?a=1&amp;a=2"><datalist id="paths"></datalist>
-          <button id="go" class="main">Send</button></div>
-        <div id="socketRow" class="row"><input id="frameText" class="grow" size="1"
-          value='{"a": 1}' aria-label="Text to send"><button id="sendFrame"
-          class="main">Send text</button></div>
-        <p id="chapter" class="small dim cut"></p>
-        <details id="more"><summary class="link">Headers and body</summary>
-          <label class="row small"><input id="withToken" type="checkbox"> With my token</label>
-          <textarea id="headers" rows="1" aria-label="Headers, one a line"
-            >X-Example: hello</textarea>
-          <textarea id="body" rows="3" aria-label="Body"
-            placeholder='{"as": "JSON"}, or lines of a form: name=Ann'></textarea>
-          <input id="file" type="file" aria-label="File"></details>
-        <p id="formProblem" class="problem" role="alert"></p></form></details>
+      <form id="form" class="row"><select id="method" aria-label="Method"><option>GET<option>POST
+          <option>PUT<option>PATCH<option>DELETE<option>OPTIONS<option>HEAD<option>WS</select>
+        <input id="path" class="grow" aria-label="Path" list="paths" spellcheck="false" size="1"
+          value="/inspect/hello?a=1&amp;a=2"><datalist id="paths"></datalist>
+        <button id="go" class="main">Send</button></form>
+      <form id="socketForm" class="row"><input id="frameText" class="grow" size="1"
+        value='{"a": 1}' aria-label="Text to send"><button id="sendFrame"
+        class="main">Send text</button></form>
+      <p id="chapter" class="small dim cut"></p>
+      <details id="more"><summary class="link">Headers and body</summary>
+        <label class="row small"><input id="withToken" type="checkbox"> With my token</label>
+        <textarea id="headers" rows="1" aria-label="Headers, one a line"
+          >X-Example: hello</textarea>
+        <textarea id="body" rows="3" aria-label="Body"
+          placeholder='{"as": "JSON"}, or lines of a form: name=Ann'></textarea>
+        <input id="file" type="file" aria-label="File"></details>
+      <p id="formProblem" class="problem" role="alert"></p></details>
     <div id="wireTools" class="row"><input id="filter" class="grow" aria-label="Filter" size="1"
       placeholder="Filter: 401, typing, /rooms"><button id="explain"
       aria-pressed="true">Explain</button><button id="pause" aria-pressed="false">Pause</button>
@@ -2866,7 +2865,7 @@ const state = {
   login: null,                      // {token, stay, renewAt}: whether it is kept, and a time in ms
   me: "", epoch: null,              // as the welcome said: who this is, and which database
   connection: "",                   // "connecting", "connected", "reconnecting", "logged out"
-  retryIn: 0, why: "", problem: "", // seconds; what is wrong; what the log-in page tells
+  retryAt: Infinity, why: "", problem: "", // in ms; what is wrong; what the log-in page tells
   rooms: new Map(), current: null,  // key -> room; the one that is shown
   roles: new Map(),                 // name -> role, of all that events have named
   outbox: new Map(),                // mid -> message that the server has not acknowledged
@@ -2893,11 +2892,7 @@ const make = (kind, ...children) => {
   return Object.assign(element, {className: names.filter(Boolean).join(" ")}, properties);
 };
 const button = (text, onclick, kind = "") => make(`button${kind}`, {type: "button", onclick}, text);
-const icon = (name) => {
-  const svg = $("iconTemplate").content.firstChild.cloneNode(true);
-  svg.classList.toggle("mark", name === "mark");
-  svg.firstChild.setAttribute("href", `#i-${name}`); return svg;
-};
+const icon = (name) => $("icons").content.querySelector(`.i-${name}`).cloneNode(true);
 for (const one of document.querySelectorAll("[data-icon]")) one.prepend(icon(one.dataset.icon));
 // Makes a function from things to their elements. One is built anew only if what is `shown` of the
 // thing differs, so that selections and what is unfolded stay.
@@ -2907,7 +2902,8 @@ const cached = (build, elements = new WeakMap()) => (thing, ...shown) => {
   const element = Object.assign(build(thing, ...shown), {version});
   const hadFocus = before?.contains(document.activeElement);
   elements.set(thing, element); before?.replaceWith(element);
-  if (hadFocus) (element.querySelector("summary, li > button") ?? element).focus();
+  const focused = element.querySelector("summary, li > button") ?? element;
+  if (hadFocus) focused.focus({preventScroll: true});
   return element;
 };
 // Makes these elements the children of a parent; what is in its place already is not touched.
@@ -3052,7 +3048,12 @@ const takeLogIn = (token, stay) => {
   keepLogIn(state.login);
 };
 // The clock is looked at, since a timer would stop while the computer sleeps.
-setInterval(() => { if (Date.now() > state.login?.renewAt) renew(); }, 500);
+setInterval(() => {
+  if (Date.now() > state.login?.renewAt) renew();
+  if (Date.now() > state.retryAt) connect();
+  if (Date.now() > sending?.until) disconnected("no answer came");
+  if (state.connection === "reconnecting") render();  // it shows the seconds
+}, 500);
 // A new token for the same log-in. True: it came; false: it will not; null: nobody can tell yet.
 const renew = async () => {
   const {login} = state;
@@ -3071,6 +3072,8 @@ const enter = (token, stay) => {
   if (state.me) for (const news of [token, null]) keep(`news.${state.me}`, news);  // to other tabs
   connect();
 };
+const logIn = async (username, password, stay) =>
+  enter((await api("POST", "login", {username, password, stay})).access_token, stay);
 // The log-in has ended: renew it if it stays, else ask for the password over the page as it is.
 const logInEnded = async (reason) => {
   const {login} = state, isOld = /expired/.test(reason);
@@ -3099,7 +3102,7 @@ const roomOf = (name) => {
     joined: "no",  // then "asked", then "yes": only when its history is here, all else of it counts
     read: kept(`read.${me}.${epoch}.${key}`), unread: new Set(), newAfter: null,
     here: new Set(), typing: new Map(), loading: false, refused: "", place: 0,
-    left: kept(`left.${me}.${key}`, -1)});  // the last id when it was closed
+    left: kept(`left.${me}.${epoch}.${key}`, -1)});  // the last id when it was closed
   return rooms.get(key);
 };
 const isPrivate = (room) => room.key.startsWith("@");
@@ -3134,23 +3137,26 @@ const openRoom = (name) => {
   if (old !== room) $("messageText").value = kept(draftOf(room), "");
   Object.assign(room, {left: -1, refused: ""});
   Object.assign(state, {current: room, search: null, arriving: true}); join(room);
-  if (addressed() !== room.name) location.hash = room.name;
+  if (addressed() !== room.name) location.hash = encodeURI(room.name);
   $("side").hidePopover();
   if (!matchMedia("(pointer: coarse)").matches) $("messageText").focus();
   render(); return room;
 };
 const leaveRoom = (room) => {  // a private one is followed on, and comes back with a new message
-  if (isPrivate(room)) keep(`left.${state.me}.${room.key}`, room.left = room.last ?? 0);
+  const {me, epoch} = state, {key, last} = room;
+  if (isPrivate(room)) keep(`left.${me}.${epoch}.${key}`, room.left = last ?? 0);
   else { transmit({type: "leave", room: room.name}); state.rooms.delete(room.key); keepRooms(); }
   openRoom("lobby");
 };
-const addressed = () => decodeURIComponent(location.hash.slice(1)) || "lobby";
+const addressed = () => {
+  try { return decodeURIComponent(location.hash.slice(1)) || "lobby"; } catch { return "lobby"; }
+};
 addEventListener("hashchange", () => {
   if (state.me && keyOf(addressed()) !== state.current.key) openRoom(addressed());
 });
 
 // -- The outbox: what is typed is kept until the server has it ---------------------------------
-let sending = null, answerTimer = 0;  // the mid that waits; one after the other keeps their order
+let sending = null;  // {mid, until}: what waits for its receipt; one by one keeps their order
 const keepItem = (item, value = item) => keep(`outbox.${state.me}.${item.mid}`, value);
 const loadOutbox = () => {
   const mine = Object.keys(local).filter((name) => name.startsWith(`lobby.outbox.${state.me}.`));
@@ -3170,9 +3176,8 @@ const sendNext = () => {
   const next = [...state.outbox.values()].find((item) => !item.problem);
   render();
   if (sending || !next || state.connection !== "connected") return;
-  sending = next.mid;
+  sending = {mid: next.mid, until: Date.now() + 20_000};
   transmit({type: "message", room: next.room, text: next.text, mid: next.mid});
-  answerTimer = setTimeout(() => disconnected("no answer came"), 20_000);
 };
 // The server has it, or has refused it. Returns the message, whose element is used on.
 const settle = (mid, problem = null) => {
@@ -3180,7 +3185,7 @@ const settle = (mid, problem = null) => {
   if (!item) return null;
   if (problem) item.problem = problem; else state.outbox.delete(mid);
   keepItem(item, problem && item);
-  if (sending === mid) { sending = null; clearTimeout(answerTimer); }
+  if (sending?.mid === mid) sending = null;
   sendNext(); return item;
 };
 const tryAgain = (item) => { delete item.problem; keepItem(item); sendNext(); };
@@ -3192,9 +3197,8 @@ const hear = (event) => {
   if (type === "welcome") return welcome(event);
   if (type === "error") return hearError(event);
   if (type === "role") return state.roles.set(user, event.role);
-  const sent = type === "message" && user === state.me ? settle(event.mid) : null;
   const isKnown = state.rooms.has(keyOf(event.room));
-  if (!isKnown && !event.room.startsWith("@")) return;  // it was left meanwhile
+  if (!isKnown && !event.room.startsWith("@")) return settle(event.mid);  // it was left meanwhile
   const room = roomOf(event.room);
   if (type === "history") return hearHistory(room, event);
   if (room.joined !== "yes") {  // its history will have it
@@ -3208,12 +3212,13 @@ const hear = (event) => {
       break;
     case "joined": state.roles.set(user, event.role);  // and then as for "left"
     case "left": hearPerson(room, event); break;
-    case "message": addMessage(room, Object.assign(sent ?? {}, event), isLooking(room)); break;
+    case "message": addMessage(room, event, isLooking(room)); break;
     case "deleted": room.unread.delete(id);
-      Object.assign(room.items.get(id) ?? {}, {gone: true, text: ""}); break;
-    case "typing": stopTyping(room, user);
-      if (user !== state.me) room.typing.set(user,
-        setTimeout(() => { stopTyping(room, user); render(); }, 5_000));
+      for (const one of [room.items.get(id), ...state.search?.found ?? []])
+        if (one?.id === id) Object.assign(one, {gone: true, text: ""});
+      break;
+    case "typing": if (user !== state.me) room.typing.set(user, Date.now() + 5_000);
+      setTimeout(render, 5_000);
   }
 };
 const hearHistory = (room, {room: name, messages, more, complete}) => {
@@ -3227,15 +3232,13 @@ const hearHistory = (room, {room: name, messages, more, complete}) => {
     Object.assign(room, {items: complete ? room.items : new Map(), more, last: 0});
     if (room.read === null) readTo(room, messages.at(-1)?.id ?? 0);
   }
-  for (const message of messages) {
-    const sent = message.user === state.me ? settle(message.mid) : null;
-    addMessage(room, Object.assign(sent ?? {}, message), false);
-  }
+  for (const message of messages) addMessage(room, message, false);
   keepRooms();
 };
-const addMessage = (room, message, isSeen) => {
+const addMessage = (room, event, isSeen) => {
+  const message = Object.assign(settle(event.mid) ?? {}, event);
   if (message.id <= room.last) return;
-  room.last = message.id; stopTyping(room, message.user);
+  room.last = message.id; room.typing.delete(message.user);
   if (isSeen) markRead(room);
   else if (message.user !== state.me && message.id > room.read) {
     if (!room.unread.size) room.newAfter = room.read;
@@ -3243,7 +3246,8 @@ const addMessage = (room, message, isSeen) => {
     if (document.hidden) announce(room, message);
   }
   room.items.set(message.id, message);
-  if (room.items.size <= MOST || (room === state.current && !atNewest())) return;
+  const isReading = room.loading || (room === state.current && !atNewest());
+  if (room.items.size <= MOST || isReading) return;
   for (const key of [...room.items.keys()].slice(0, MOST / 5)) room.items.delete(key);
   room.more = true;
 };
@@ -3251,21 +3255,18 @@ const addMessage = (room, message, isSeen) => {
 // once has done neither. In a private conversation they are no news: the list shows them.
 const hearPerson = (room, {type, user}) => {
   if (type === "joined") room.here.add(user); else room.here.delete(user);
-  if (type === "left") stopTyping(room, user);
+  room.typing.delete(user);
   if (user === state.me || isPrivate(room)) return;
   let last = [...room.items.values()].at(-1);
   if (!last?.joined) room.items.set(last = {joined: new Set(), left: new Set()}, last);
   if (!last[type === "joined" ? "left" : "joined"].delete(user)) last[type].add(user);
-};
-const stopTyping = (room, user) => {
-  clearTimeout(room.typing.get(user)); room.typing.delete(user);
 };
 const hearError = ({mid, message, room: name, retry_after: wait}) => {
   const room = name && state.rooms.get(keyOf(name));
   const later = (action) => setTimeout(action, wait * 1_000);
   if (state.outbox.has(mid)) {
     if (!wait) return settle(mid, message);
-    clearTimeout(answerTimer); later(() => { sending = null; sendNext(); });
+    sending = {mid, until: Infinity}; later(() => { sending = null; sendNext(); });
   } else if (room?.joined === "asked") {
     room.joined = "no";
     if (wait) later(() => join(room)); else room.refused = message;
@@ -3310,7 +3311,7 @@ const announce = (room, {user, text, id}) => {
 
 // -- The connection ----------------------------------------------------------------------------
 let socket = null;
-let retries = 0, retryTimer = 0;  // failed connections in a row
+let retries = 0;     // failed connections in a row
 let askedFor = "";                // the room that the socket's URL names
 const transmit = (...events) => {  // one frame, an event a line
   const lines = events.map((event) => JSON.stringify(event));
@@ -3324,9 +3325,8 @@ const join = (room) => {
 };
 // Lets go of the socket: what it still says is not heard.
 const hangUp = () => {
-  clearTimeout(retryTimer); clearTimeout(answerTimer);
-  const old = socket;
-  socket = sending = null; old?.close();
+  if (socket) Object.assign(socket, {onmessage: null, onclose: null}).close();
+  socket = sending = null; state.retryAt = Infinity;
 };
 const connect = () => {
   hangUp();
@@ -3334,17 +3334,14 @@ const connect = () => {
   const {login, current} = state, url = socketUrl("ws/chat");
   askedFor = current?.name ?? "lobby";
   url.search = new URLSearchParams({room: askedFor, ...cursorOf(current)});
-  Object.assign(state, {connection: "connecting", retryIn: 0}); render();
+  state.connection = "connecting"; render();
   try { socket = openSocket(url, ["lobby.v1", `bearer.${login.token}`]); }
   catch { return refuse("This is no token."); }
-  const opened = socket;
   socket.onmessage = ({data}) => {
-    if (socket !== opened) return;
     retries = 0;
     for (const line of data.split("\n")) hear(JSON.parse(line));
   };
   socket.onclose = ({code, reason}) => {
-    if (socket !== opened) return;
     if (code !== 1000 && code !== 1008) disconnected(reason);
     else if (/expired|Password|again/.test(reason)) logInEnded(reason);
     else refuse(reason.replace("Unauthorized: ", ""));
@@ -3352,30 +3349,18 @@ const connect = () => {
 };
 const disconnected = (why) => {
   hangUp();
-  const retryIn = Math.ceil(Math.min(30, 2 ** retries++) * (0.5 + Math.random()));
-  Object.assign(state, {connection: "reconnecting", retryIn, why});
-  const tick = () => {
-    render();
-    if (state.retryIn-- > 0) retryTimer = setTimeout(tick, 1_000); else connect();
-  };
-  tick();
+  const wait = Math.min(30_000, 1_000 * 2 ** retries++) * (0.5 + Math.random());
+  Object.assign(state, {connection: "reconnecting", retryAt: Date.now() + wait, why}); render();
   if (retries === 4) api("GET", "healthz").then(() => {  // so HTTP gets through
     state.why = "the server opens no socket; does a proxy drop Upgrade or Host?";
   }, () => {});
 };
-// Back to the log-in page. Nothing of this person stays for the next one to see.
+// Back to the log-in page, loaded anew: nothing of this person stays for the next one to see.
 const refuse = (reason) => {
-  hangUp();
-  if (state.login) keepLogIn(null);
-  for (const kind of [state.rooms, state.roles, state.outbox]) kind.clear();
-  Object.assign(state, {login: null, me: "", epoch: null, connection: "", current: null,
-    entries: [], search: null, problem: reason});
-  for (const floating of document.querySelectorAll(":popover-open")) floating.hidePopover();
-  $("dialog").close(); $("messageText").value = "";
-  for (const id of ["dialog", "messages", "list"]) $(id).replaceChildren();
-  history.replaceState(null, "", location.pathname); showWire(false);
+  hangUp(); keepLogIn(null);
+  keep("problem", reason, session); location.replace(location.pathname);
 };
-addEventListener("online", () => { if (state.login && !socket) connect(); });
+addEventListener("online", () => { if (state.connection === "reconnecting") connect(); });
 addEventListener("offline", () => { if (socket) disconnected("offline"); });
 document.addEventListener("visibilitychange", render);
 
@@ -3383,7 +3368,7 @@ document.addEventListener("visibilitychange", render);
 const clock = new Intl.DateTimeFormat([], {timeStyle: "short"});
 const moment = new Intl.DateTimeFormat([], {dateStyle: "full", timeStyle: "medium"});
 const plural = (count, word) => `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
-const dayOf = (item) => item.day ??= new Date(item.at * 1_000).toDateString();
+const dayOf = ({at}) => new Date(at * 1_000).toDateString();
 const dayName = (day) => {
   const ago = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(day)) / 86_400_000);
   return ["Today", "Yesterday"][ago] ?? new Date(day).toLocaleDateString([], {dateStyle: "full"});
@@ -3456,7 +3441,7 @@ const rowsOf = (room) => {
     if (!user) continue;
     const isNextDay = dayOf(item) !== day, isOwn = user === state.me;
     const isFirstNew = !isMarked && id > room.newAfter && !isOwn;
-    if (isNextDay) rows.push(lineRow(item, "p.day", dayName(day = item.day)));
+    if (isNextDay) rows.push(lineRow(item, "p.day", dayName(day = dayOf(item))));
     if (isFirstNew) rows.push(lineRow(room, "p.new", `${room.newCount} new`));
     isMarked ||= isFirstNew;
     // What was shown with its head keeps it, or the log would jump.
@@ -3518,10 +3503,13 @@ const drawSide = () => {
   const unread = rooms.reduce((sum, room) => sum + room.unread.size, 0);
   document.title = unread ? `(${unread}) Lobby` : "Lobby";
   put("menu", {ariaLabel: `Rooms and people${unread ? `, ${unread} unread` : ""}`});
-  put("menuCount", {textContent: unread, hidden: !unread});
+  put("menuCount", {textContent: String(unread), hidden: !unread});
+  say("notifyWhy", whyNoNotices());
+  put("notify", {hidden: whyNoNotices() !== "",
+    textContent: isNotified() ? "Notify me no more" : "Notify me of mentions"});
 };
 const drawFrame = (room) => {
-  const {connection, retryIn, why, search} = state, title = titleOf(room), isTalk = isPrivate(room);
+  const {connection, retryAt, why, search} = state, title = titleOf(room), isTalk = isPrivate(room);
   const others = [...room.here].filter((user) => user !== state.me).sort();
   say("roomName", isTalk ? title : `# ${title}`);
   say("who", isTalk ? isOnline(title) ? "online" : "away"
@@ -3534,9 +3522,9 @@ const drawFrame = (room) => {
   put("strip", {hidden: !isOut && !isAway});
   say("stripText", isOut ? "Your log-in has ended. What you write is kept." : isAway
     ? `No connection${why && `: ${why}`}. What you write is kept and goes out then.` : "");
-  say("seconds", isAway ? `Trying again in ${Math.max(0, retryIn + 1)} s.` : "");
+  say("seconds", isAway ? `Trying again in ${Math.ceil((retryAt - Date.now()) / 1_000)} s.` : "");
   say("now", isOut ? "Log in" : "Now");
-  const typing = [...room.typing.keys()];
+  const typing = [...room.typing].filter(([, until]) => Date.now() < until).map(([user]) => user);
   say("typing", typing.length ? `${typing.join(", ")} ${typing[1] ? "are" : "is"} typing` : "");
   const text = $("messageText").value.trim(), over = [...text].length - LONGEST;
   put("hint", {className: over > 0 ? "problem" : "", textContent: over > 0
@@ -3572,7 +3560,8 @@ const draw = () => {
 const LOOKS = {messages: "Search in this room", rooms: "Find or make a room",
   users: "Find a person"};
 const openSearch = (kind, q = "") => {
-  state.current.place = $("chatLog").scrollTop; state.search = {kind};
+  if (!state.search?.found) state.current.place = $("chatLog").scrollTop;
+  state.search = {kind};
   put("query", {value: q, placeholder: LOOKS[kind], ariaLabel: LOOKS[kind]});
   $("side").hidePopover(); drawFrame(state.current); $("query").focus();
   if (q || kind !== "messages") find();
@@ -3589,7 +3578,7 @@ const find = async (before = []) => {
   const found = kind === "messages" ? [...before, ...answer.messages.reverse()]
     : answer.filter(({room: name = ""}) => !name.startsWith("@"));
   if (kind === "rooms" && q && !found.some((one) => one.room === keyOf(q))) found.push({isNew: q});
-  state.search = {kind, q, found, more: answer.more}; render();
+  state.search = {kind, q, found, more: answer.more}; draw();
 };
 // Shows a message in its place, or if that is long ago, among those that were written around it.
 const jump = async (hit) => {
@@ -3603,7 +3592,7 @@ const jump = async (hit) => {
   }
   draw();
   const row = [...$("messages").children].find(({item}) => item?.id === id);
-  row.scrollIntoView({block: "center"}); row.focus();
+  row?.scrollIntoView({block: "center"}); row?.focus();
 };
 const nameRow = cached(({room, isNew, online, username, role, banned}) => make("p.found.row",
   username ? button(username, ({target}) => showPerson(username, target))
@@ -3619,7 +3608,8 @@ const searchRows = (search) => {
     : isAround ? `“${q}”, and what was said around it`
       : `${plural(found.length, "message")} with “${q}”, newest first`;
   return [resultRow(search, words),
-    ...found.map((one) => isNames ? nameRow(one) : messageRow(one, isAround ? "" : "hit", "", q))];
+    ...found.map((one) => isNames ? nameRow(one)
+      : messageRow(one, one.gone ? "gone" : isAround ? "" : "hit", "", q))];
 };
 
 // -- What floats: a person's card, and a dialog that asks for passwords --------------------------
@@ -3664,8 +3654,10 @@ const showPerson = async (user, anchor) => {
   show(roleOf(user), false);
   const found = await attempt("GET", `users?q=${encodeURIComponent(user)}`) ?? [];
   const one = found.find(({username}) => username === user);
-  if (!one || $("person").ariaLabel !== user) return;
-  state.roles.set(user, one.role); show(one.role, one.banned);
+  if (!one || $("person").ariaLabel !== user || !$("person").matches(":popover-open")) return;
+  const isKnown = one.role === roleOf(user) && !one.banned;  // the card says so already
+  state.roles.set(user, one.role);
+  if (!isKnown) show(one.role, one.banned);
 };
 // A dialog with one field for each of `labels`, by what a browser may fill in.
 const askPasswords = (title, why, labels, yes, action, no = "Cancel", refuse = () => {}) => {
@@ -3683,10 +3675,7 @@ const askPasswords = (title, why, labels, yes, action, no = "Cancel", refuse = (
 };
 const askAgain = () => askPasswords(`Your log-in has ended, ${state.me}`,
   `${state.why}. What you typed is kept.`, {Password: "current-password"}, "Log in again",
-  async (password) => {
-    const {me: username, login: {stay}} = state;
-    enter((await api("POST", "login", {username, password, stay})).access_token, stay);
-  }, "Log out", logOut);
+  (password) => logIn(state.me, password, state.login.stay), "Log out", logOut);
 const changePassword = () => askPasswords("Change password",
   "Every other log-in of yours ends. The tabs of this browser go on.",
   {"Password now": "current-password", "New password": "new-password"}, "Change",
@@ -3703,13 +3692,12 @@ const HELP = `/msg bob hi     says hi to bob alone
 /search words   finds messages in this room
 //word          says "/word"`;
 // What a form does: one thing at a time; what goes wrong is told in `problem`.
-let isBusy = false;
 const onSubmit = (form, problem, action) => form.addEventListener("submit", async (event) => {
   event.preventDefault();
-  if (isBusy) return;
-  isBusy = true; problem.textContent = "";
+  if (form.ariaBusy) return;
+  form.ariaBusy = "true"; problem.textContent = "";
   try { await action(event); } catch (error) { problem.textContent = error.message; }
-  isBusy = false;
+  form.ariaBusy = null;
 });
 onSubmit($("credentials"), $("problem"), async ({submitter}) => {
   const stay = $("stay").checked, fields = [$("username"), $("password")];
@@ -3721,7 +3709,7 @@ onSubmit($("credentials"), $("problem"), async ({submitter}) => {
   for (const field of fields) tell(field, "");
   try {
     if (submitter?.value === "register") await api("POST", "register", {username, password});
-    enter((await api("POST", "login", {username, password, stay})).access_token, stay);
+    await logIn(username, password, stay);
   } catch ({message, status, field}) {
     const wrong = $(field ?? {401: "password", 409: "username"}[status]);
     if (!fields.includes(wrong)) return Object.assign(state, {problem: message});
@@ -3735,14 +3723,9 @@ const logOut = async () => {
 };
 on("logOut", "click", logOut);
 on("changePassword", "click", () => { $("myMenu").hidePopover(); changePassword(); });
-on("myMenu", "beforetoggle", () => {
-  say("notifyWhy", whyNoNotices());
-  put("notify", {hidden: whyNoNotices() !== "",
-    textContent: isNotified() ? "Notify me no more" : "Notify me of mentions"});
-});
 on("notify", "click", async () => {
   const wish = !isNotified() && await Notification.requestPermission() === "granted";
-  keep(`notify.${state.me}`, wish || null); $("myMenu").hidePopover();
+  keep(`notify.${state.me}`, wish || null); $("myMenu").hidePopover(); render();
 });
 const COMMANDS = [  // what a line may look like, and what it does
   [/^\/msg\s+(\S+)\s+([^]+)/, (user, words) => post(openRoom(privateWith(user)), words)],
@@ -3781,8 +3764,9 @@ const loadOlder = () => {
   room.loading = true; transmit({type: "history", room: room.name, before});
 };
 on("chatLog", "keydown", ({key, target}) => {  // arrows go from message to message
-  const row = target.closest(".message"), next = {ArrowUp: "previous", ArrowDown: "next"}[key];
-  if (next) (row?.[`${next}ElementSibling`] ?? $("messages").lastElementChild)?.focus();
+  const rows = [...$("messages").querySelectorAll(".message")];
+  const at = rows.indexOf(target.closest(".message")), step = {ArrowUp: -1, ArrowDown: 1}[key];
+  if (step) (at < 0 ? rows.at(-1) : rows[at + step])?.focus();
 });
 on("chatLog", "scroll", render);
 on("newest", "click", () => { $("chatLog").scrollTop = 0; $("messageText").focus(); });
@@ -3791,20 +3775,13 @@ on("now", "click", () => state.connection === "logged out" ? askAgain() : connec
 on("search", "click", () => state.search ? endSearch() : openSearch("messages"));
 on("moreRooms", "click", () => openSearch("rooms"));
 on("morePeople", "click", () => openSearch("users"));
-let findTimer = 0;
-on("query", "input", () => {
-  clearTimeout(findTimer);
-  if (state.search.kind !== "messages") findTimer = setTimeout(find, 150);
-});
+on("query", "input", () => { if (state.search.kind !== "messages") find(); });
 onSubmit($("searching"), $("hint"), async () => {
-  const {kind, q} = state.search, isNew = q !== $("query").value.trim();
-  if (isNew || kind === "messages") await find();
-  if (kind !== "messages") $("messages").querySelector(".found button")?.click();
+  await find();
+  if (state.search) $("messages").querySelector(".found button")?.click();  // a name, the first
 });
-addEventListener("keydown", ({key, target}) => {
-  if (key === "Escape" && $("wire").contains(target)) $("closeWire").click();
-  if (key === "Escape" && $("searching").contains(target)) endSearch();
-});
+on("wire", "keydown", ({key}) => { if (key === "Escape") $("closeWire").click(); });
+on("searching", "keydown", ({key}) => { if (key === "Escape") endSearch(); });
 
 // -- The wire explains: what each entry is ------------------------------------------------------
 const REQUESTS = [  // by first line and status, the first that fits
@@ -3850,7 +3827,8 @@ const SOCKETS = {"/ws": 3, "/ws-endpoint": 3, "/ws/json": 3, "/ws/inspect": 3, "
   "/ws/chat": 10, "/ws/{session_id}": 4};  // their chapters, as /openapi.json tells of no sockets
 // /openapi.json tells which chapter answers, by its tags, and what a route does.
 const learnOperations = async () => {
-  const {paths = {}} = await api("GET", "openapi.json").catch(() => ({}));
+  const {paths} = await api("GET", "openapi.json").catch(() => ({}));
+  if (!paths) return;
   const routes = Object.entries(paths).flatMap(([path, methods]) => Object.entries(methods)
     .map(([method, {tags, description}]) => ({method: method.toUpperCase(), path, tag: tags?.[0],
       about: description?.split(/[.;](\s|$)/)[0].replaceAll("`", "")})));
@@ -3859,6 +3837,8 @@ const learnOperations = async () => {
   state.operations = [...routes, ...sockets].filter(({tag}) => tag).map((one) => ({...one,
     pattern: new RegExp(`^${one.path.replace(/\{[^}]+\}/g, "[^/]+")}${
       one.path === "/inspect" ? "(/.*)?" : ""}$`)}));
+  const names = Object.keys({...paths, ...SOCKETS});
+  $("paths").replaceChildren(...names.map((value) => make("option", {value})));
   render();
 };
 const operationOf = (method, path) => state.operations.find((one) =>
@@ -3950,23 +3930,18 @@ const chipOf = ({kind, status, code, count, event}) => {
 };
 const previewOf = ({kind, event, types, texts}) => kind !== "frame" ? ""
   : types.length ? event?.text?.slice(0, 80) ?? event?.user ?? "" : texts.at(-1).slice(0, 80);
-const entryRow = cached((entry, chip, colour, ms, bytes, sentence) => {
+const entryRow = cached((entry, chip, colour, ms, bytes, sentence, opened = false) => {
   const {kind, title, way = "", lane, through = [], socket} = entry, isClose = kind === "close";
   const number = (value, unit, kind = "") => make(`span.number${kind}`,
     value === undefined ? "" : `${Math.round(value).toLocaleString()} ${unit}`);
-  const details = make("details", make("summary", make("span.head",
+  const details = make("details", {open: opened}, make("summary", make("span.head",
     make("span.unseen", {in: "received: ", out: "sent: "}[way]), make("b.cut", title),
     chip && make(`span.chip.${colour}`, chip), make("span.preview.cut", previewOf(entry)),
     number(ms, "ms", ".ms"), number(bytes, "B"), make("span.turn")),
-  make("span.sentence", sentence)), entry.opened && cardOf(entry));
+  make("span.sentence", sentence)), opened && cardOf(entry));
   const isOpened = way && socket?.entry.status !== 0;  // else the door was shut before 101
-  details.open = entry.opened;
-  details.ontoggle = () => {  // what is open stays in sight, whatever comes
-    if (details.open === Boolean(entry.opened)) return;
-    entry.opened = details.open;
-    if (entry.opened) details.append(cardOf(entry)); else details.lastChild.remove();
-    if (entry.opened && $("frames").scrollTop > -1) $("frames").scrollTop = -1;
-    if (entry.opened) details.scrollIntoView({block: "nearest"});
+  details.ontoggle = () => {
+    if (details.open !== opened) showEntry(entry, "nearest", details.open);
   };
   const isFresh = !entry.isDrawn;
   entry.isDrawn = true;
@@ -3977,9 +3952,9 @@ const entryRow = cached((entry, chip, colour, ms, bytes, sentence) => {
       : make("span.node.ring"), details);
 });
 const rowOf = (entry) =>
-  entryRow(entry, ...chipOf(entry), entry.ms, entry.bytes, sentenceOf(entry));
+  entryRow(entry, ...chipOf(entry), entry.ms, entry.bytes, sentenceOf(entry), entry.opened);
 const drawWire = () => {
-  const {entries, pausedAt, operations, tried} = state, method = $("method").value;
+  const {entries, pausedAt, tried} = state, method = $("method").value;
   const wanted = $("filter").value.toLowerCase(), isSocket = method === "WS";
   const until = entries.filter(({at}) => !pausedAt || at <= pausedAt);
   const found = until.filter((entry) => [entry.title, entry.status, entry.text, entry.body,
@@ -3989,44 +3964,42 @@ const drawWire = () => {
     textContent: pausedAt ? `Paused, ${entries.length - until.length}` : "Pause"});
   say("chapter", `Answered by ${chapterOf(operationOf(method, $("path").value))}`);
   say("go", !isSocket ? "Send" : tried ? "Close" : "Open");
-  put("socketRow", {hidden: !isSocket});
+  put("socketForm", {hidden: !isSocket});
   put("sendFrame", {disabled: tried?.readyState !== WebSocket.OPEN});
-  const paths = isSocket ? Object.keys(SOCKETS) : operations.map(({path}) => path);
-  arrange($("paths"), [...new Set(paths)].map((path) => optionRow(path)));
 };
-const optionRow = cached((value) => make("option", {value}), new Map());
 
 // -- The wire's form ---------------------------------------------------------------------------
 const showWire = (open) => {
-  const isWhole = open && matchMedia("(max-width: 700px)").matches;  // it covers the screen
   $("wire").hidden = !open; $("wireButton").ariaExpanded = String(open);
-  $("room").inert = isWhole; $("try").open = !isWhole;
+  $("try").open = !matchMedia("(max-width: 700px)").matches;
+  if (!$("try").open) $("closeWire").focus();  // it covers the screen
   if (open && !state.operations.length) learnOperations();
   render();
 };
 on("wireButton", "click", () => showWire($("wire").hidden));
 on("closeWire", "click", () => { showWire(false); $("wireButton").focus(); });
 on("clear", "click", () => { state.entries = []; render(); });
-on("explain", "click", ({target}) => {
-  target.ariaPressed = String(target.ariaPressed === "false");
-});
+on("explain", "click", ({target}) => { target.ariaPressed = target.ariaPressed !== "true"; });
 on("pause", "click", () => { state.pausedAt = state.pausedAt ? null : new Date(); render(); });
-const showEntry = (entry, block) => {
-  drawWire(); const row = rowOf(entry);
-  row.querySelector("details").open = true; row.scrollIntoView({block});
+const showEntry = (entry, block, opened = true) => {  // what is open stays in sight
+  entry.opened = opened; drawWire();
+  if (opened && $("frames").scrollTop > -1) $("frames").scrollTop = -1;
+  rowOf(entry).scrollIntoView({block});
+};
+const showAll = () => {
+  state.pausedAt = null; $("filter").value = ""; $("frames").scrollTop = 0;
 };
 const showOnWire = (id, mid) => {
   const entry = state.entries.findLast(({texts = []}) => texts.some((text) =>
     text.includes(`"id":${id},`) || (mid && text.includes(`"mid":"${mid}"`))));
-  showWire(true); $("filter").value = "";
+  showWire(true); showAll();
   if (entry) showEntry(entry, "center"); else note("It is not among what the wire still shows.");
 };
-for (const id of ["filter", "path"]) on(id, "input", render);
+on("wire", "input", render);
 on("method", "change", ({target: {value}}) => {
   const isSocket = value === "WS", path = $("path");
   if (isSocket !== path.value.startsWith("/ws"))
-    path.value = isSocket ? "/ws/json" : "/inspect/hello?a=1&a=2";
-  render();
+    path.value = isSocket ? "/ws/json" : path.defaultValue;
 });
 const pairs = (lines, sign) => lines.split("\n").filter((line) => line.includes(sign)).map((line) =>
   [line.slice(0, line.indexOf(sign)).trim(), line.slice(line.indexOf(sign) + 1).trim()]);
@@ -4046,21 +4019,21 @@ const trySocket = async () => {
   const url = socketUrl($("path").value), {token} = state.login;
   if ($("withToken").checked || url.pathname === "/ws/protected")
     url.searchParams.set("token", token);
-  state.tried = openSocket(url); render();
-  state.tried.addEventListener("open", render);
-  state.tried.addEventListener("close", () => { state.tried = null; render(); });
+  state.tried = openSocket(url);  // which draws the page as it opens and closes
+  state.tried.onclose = () => { state.tried = null; };
 };
-onSubmit($("form"), $("formProblem"), async ({submitter}) => {
-  const method = $("method").value, {tried} = state, [body, type] = bodyOf(method);
-  $("frames").scrollTop = 0;
-  if (method === "WS" && !tried) return trySocket();
-  if (method === "WS") return submitter === $("go") && document.activeElement !== $("frameText")
-    ? tried.close() : sendFrame(tried, $("frameText").value);  // Enter there presses the first
+onSubmit($("form"), $("formProblem"), async () => {
+  const method = $("method").value, [body, type] = bodyOf(method);
+  showAll();
+  if (method === "WS") return state.tried ? state.tried.close() : trySocket();
   const headers = pairs($("headers").value, ":");
   if (type) headers.unshift(["Content-Type", type]);
   if ($("withToken").checked) headers.push(["Authorization", `Bearer ${state.login.token}`]);
   const {entry} = await request(method, $("path").value, headers, body);
   showEntry(entry, "start");
+});
+onSubmit($("socketForm"), $("formProblem"), () => {
+  showAll(); sendFrame(state.tried, $("frameText").value);
 });
 
 // -- The start: the log-in page shows what a log-in is going to put on the wire ------------------
@@ -4085,6 +4058,7 @@ $("demo").lastElementChild.append(...Object.keys(DEMO).map((name) => button(name
   $("credentials").requestSubmit();
 }, ".quiet")));
 state.login = kept("login", null, session) ?? kept("login");
+state.problem = kept("problem", "", session); keep("problem", null, session);
 if (state.login) connect(); else render();
 </script>
 </body>
