@@ -2737,6 +2737,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   .tools { inset-block: auto 0; align-items: center; }
   button.link, summary.link { padding-block: 10px; } [type=checkbox] { min-height: 0 !important; }
 }
+@media (hover: none) { .message:not(:focus-within) .tools { display: none; } }
 @media (prefers-reduced-motion: no-preference) {
   button { transition: background .12s; } .fresh { animation: rise .35s backwards; }
   @keyframes rise { from { translate: 0 6px; opacity: 0; } }
@@ -2962,13 +2963,14 @@ const record = (entry) => {
   state.entries.push(Object.assign(entry, {at: new Date(), through, count: 1}));
   state.entries.splice(0, state.entries.length - 300); return entry;
 };
+const WITH_FILE = "(a form with a file)";
 // Sends a request; it and its answer are one entry.
 const request = async (method, path, headers = [], body = undefined) => {
   const asked = new Request(path, {method, headers, body}), start = performance.now();
   const line = hideSecrets(asked.url.slice(location.origin.length));
   const entry = record({kind: "http", method, path: line, title: `${method} ${line}`, status: 0,
     headers: [...asked.headers].map(([name, value]) => [name, hideSecrets(value)]),
-    body: body instanceof FormData ? "(a form with a file)" : hideSecrets(body ?? ""),
+    body: body instanceof FormData ? WITH_FILE : hideSecrets(body ?? ""),
     again: () => request(method, path, headers, body)});
   try {
     const response = await fetch(asked), answer = await response.text();
@@ -3082,7 +3084,7 @@ const logInEnded = async (reason) => {
   if (renewed) return state.login && connect();
   if (renewed === null) return disconnected("");
   if (!state.me) return refuse("Your log-in has ended.");
-  state.connection = "logged out";
+  login.renewAt = Infinity; state.connection = "logged out";
   state.why = isOld ? `After ${Math.round(lifeOf(login) / 60_000)} minutes`
     : reason.replace("Unauthorized: ", "");
   askAgain(); render();
@@ -3138,9 +3140,9 @@ const openRoom = (name) => {
   Object.assign(room, {left: -1, refused: ""});
   Object.assign(state, {current: room, search: null, arriving: true}); join(room);
   if (addressed() !== room.name) location.hash = encodeURI(room.name);
-  $("side").hidePopover();
+  $("side").hidePopover(); draw();
   if (!matchMedia("(pointer: coarse)").matches) $("messageText").focus();
-  render(); return room;
+  return room;
 };
 const leaveRoom = (room) => {  // a private one is followed on, and comes back with a new message
   const {me, epoch} = state, {key, last} = room;
@@ -3169,8 +3171,10 @@ const loadOutbox = () => {
 const post = (room, text) => {
   const mid = crypto.getRandomValues(new Uint32Array(4)).join("-");
   const item = {mid, room: room.name, user: state.me, text, at: Date.now() / 1_000};
-  state.outbox.set(mid, item); keepItem(item); room.newAfter = null;
-  $("chatLog").scrollTop = 0; sendNext();
+  state.outbox.set(mid, item); keepItem(item);
+  Object.assign(room, {newAfter: null, place: 0}); $("chatLog").scrollTop = 0;
+  if (state.search) endSearch();
+  sendNext();
 };
 const sendNext = () => {
   const next = [...state.outbox.values()].find((item) => !item.problem);
@@ -3276,7 +3280,7 @@ const hearError = ({mid, message, room: name, retry_after: wait}) => {
 const note = (notice, isWrong = false) => {
   const item = {notice, isWrong};
   state.current?.items.set(item, item); render();
-  if (state.search?.found) endSearch();
+  if (state.search?.found) Object.assign(state, {search: null, arriving: true});
 };
 const welcome = ({user, role, epoch, rooms: talks}) => {
   if (state.epoch !== epoch) state.rooms.clear();  // another database
@@ -3404,11 +3408,12 @@ const avatar = (user) => {
   element.style.setProperty("--hue", sum * 137 % 360); return element;
 };
 const toolsOf = ({id, user, room, text, mid, at, grouped}) => {
-  const remove = ({target}) => target.replaceWith(button("Really delete?", () =>
-    attempt("DELETE", `${pathOf(room)}/${id}`), ".delete"));
+  const ask = ({target}) => Object.assign(target, {textContent: "Really delete?",
+    onclick: () => attempt("DELETE", `${pathOf(room)}/${id}`),
+    onblur: () => Object.assign(target, {textContent: "Delete", onclick: ask})});
   return make("div.tools", grouped && timeOf(at), button("Copy", () => copy(text)),
     button("On the wire", () => showOnWire(id, mid)),
-    (user === state.me || may("moderator", "admin")) && button("Delete", remove, ".delete"));
+    (user === state.me || may("moderator", "admin")) && button("Delete", ask, ".delete"));
 };
 // `kind`: its classes; `waits`: why it is not sent yet; `q`: what was searched for.
 const messageRow = cached((item, kind, waits = "", q = "") => {
@@ -3514,7 +3519,7 @@ const drawFrame = (room) => {
   say("roomName", isTalk ? title : `# ${title}`);
   say("who", isTalk ? isOnline(title) ? "online" : "away"
     : others[0] ? ["you", ...others].join(", ") : "only you");
-  put("leave", {hidden: room.key === "lobby"});
+  put("leave", {hidden: room.key === "lobby" || pendingIn(room).length > 0});
   put("searching", {hidden: !search}); put("search", {ariaExpanded: String(Boolean(search))});
   say("state", connection);
   say("dot", connection === "connected" ? "●" : "○");
@@ -3572,6 +3577,7 @@ const find = async (before = []) => {
   const {kind} = state.search, q = $("query").value.trim(), room = state.current;
   const search = state.search = {...state.search, q}, query = new URLSearchParams({...(q && {q}),
     ...(kind !== "users" && {limit: 50}), ...(before[0] && {before: before.at(-1).id})});
+  if (kind === "messages" && !q) return;
   const path = kind === "messages" ? pathOf(room.name) : kind;
   const answer = await attempt("GET", `${path}?${query}`);
   if (!answer || state.search !== search) return;
@@ -3718,8 +3724,8 @@ onSubmit($("credentials"), $("problem"), async ({submitter}) => {
 });
 onSubmit($("pasted"), $("problem"), () => enter($("token").value.trim(), false));
 const logOut = async () => {
-  await attempt("POST", "logout");
-  if (state.login) refuse("Logged out");  // also when the server cannot be asked
+  const answer = attempt("POST", "logout"), late = new Promise((done) => setTimeout(done, 3_000));
+  await Promise.race([answer, late]); refuse("Logged out");  // also if the server does not answer
 };
 on("logOut", "click", logOut);
 on("changePassword", "click", () => { $("myMenu").hidePopover(); changePassword(); });
@@ -3729,7 +3735,7 @@ on("notify", "click", async () => {
 });
 const COMMANDS = [  // what a line may look like, and what it does
   [/^\/msg\s+(\S+)\s+([^]+)/, (user, words) => post(openRoom(privateWith(user)), words)],
-  [/^\/join\s+([^]+)/, openRoom],
+  [/^\/join\s+#?([^]+)/, openRoom],
   [/^\/who$/, () => note(`Here: ${[...state.current.here].sort().join(", ")}`)],
   [/^\/search\s+([^]+)/, (q) => openSearch("messages", q)],
   [/^\/help$/, () => note(HELP)],
@@ -3778,10 +3784,11 @@ on("morePeople", "click", () => openSearch("users"));
 on("query", "input", () => { if (state.search.kind !== "messages") find(); });
 onSubmit($("searching"), $("hint"), async () => {
   await find();
-  if (state.search) $("messages").querySelector(".found button")?.click();  // a name, the first
+  const first = $("messages").querySelector(".found button");
+  first?.focus(); first?.click();  // a name's card, or a room
 });
 on("wire", "keydown", ({key}) => { if (key === "Escape") $("closeWire").click(); });
-on("searching", "keydown", ({key}) => { if (key === "Escape") endSearch(); });
+on("room", "keydown", ({key}) => { if (key === "Escape" && state.search) endSearch(); });
 
 // -- The wire explains: what each entry is ------------------------------------------------------
 const REQUESTS = [  // by first line and status, the first that fits
@@ -3899,7 +3906,8 @@ const curlOf = ({kind, method, path, headers, body}) => {
   const quote = (text) => `'${text.replace(/eyJ\S*…/g, "TOKEN").replaceAll("'", "'\\''")}'`;
   const upgrade = kind === "http" ? [] : [["connection", "Upgrade"], ["upgrade", "websocket"],
     ["sec-websocket-version", "13"], ["sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="]];
-  return [`curl -i -X ${method} ${quote(location.origin + path)}`,
+  const how = method === "HEAD" ? "--head" : `-i -X ${method}`;
+  return [`curl ${how} ${quote(location.origin + path)}`,
     ...[...headers, ...upgrade].map((pair) => `-H ${quote(pair.join(": "))}`),
     ...(body ? [`--data-raw ${quote(body)}`] : [])].join(" \\\n  ");
 };
@@ -3914,7 +3922,7 @@ const cardOf = (entry) => {
   const {kind, way, title, headers, body, status, reason, answered, text, at, again} = entry;
   const exact = `${at.toTimeString().slice(0, 8)}.${String(at.getMilliseconds()).padStart(3, "0")}`;
   return make("div.card", make("div.row.small",
-    headers && button("Copy as curl", () => copy(curlOf(entry)), ".link"),
+    headers && body !== WITH_FILE && button("Copy as curl", () => copy(curlOf(entry)), ".link"),
     again && button("Send again", () => again().catch(() => {}), ".link"), make("time", exact)),
   way ? frameSection(entry) : [section("Request", title, headers, body), addedTo(entry),
     section("Answer", status > 0 ? `${status} ${reason}` : "none", answered, text)]);
@@ -4003,20 +4011,25 @@ on("method", "change", ({target: {value}}) => {
 });
 const pairs = (lines, sign) => lines.split("\n").filter((line) => line.includes(sign)).map((line) =>
   [line.slice(0, line.indexOf(sign)).trim(), line.slice(line.indexOf(sign) + 1).trim()]);
-// The body of the form and its type: a file, JSON, or lines as a form; browsers send none with GET.
+// The body of the form and its type: a file and fields, JSON, fields, or text as it stands.
 const bodyOf = (method) => {
-  const text = $("body").value.trim(), [file] = $("file").files, data = new FormData();
-  if (/GET|HEAD/.test(method) || !(text || file)) return [];
+  const text = $("body").value.trim(), [file] = $("file").files, fields = pairs(text, "=");
+  if (/GET|HEAD/.test(method) || !(text || file)) return [];  // browsers send none with these
+  if (file) {
+    const data = new FormData();
+    for (const [name, value] of [...fields, ["file", file]]) data.append(name, value);
+    return [data];  // the browser adds the type and the boundary
+  }
   if (parsed(text) !== undefined) return [text, "application/json"];
-  if (!file) return [String(new URLSearchParams(pairs(text, "="))),
-    "application/x-www-form-urlencoded"];
-  data.append("file", file); return [data];  // the browser adds the type and the boundary
+  return !fields.length ? [text, "text/plain"]
+    : [String(new URLSearchParams(fields)), "application/x-www-form-urlencoded"];
 };
 const trySocket = async () => {
   if ($("path").value === "/ws/{session_id}") {
     $("path").value = `/ws/${(await api("POST", "create-session")).session_id}`;
   }
   const url = socketUrl($("path").value), {token} = state.login;
+  if (url.host !== location.host) throw new Error("Only paths of this server.");
   if ($("withToken").checked || url.pathname === "/ws/protected")
     url.searchParams.set("token", token);
   state.tried = openSocket(url);  // which draws the page as it opens and closes
@@ -4027,7 +4040,8 @@ onSubmit($("form"), $("formProblem"), async () => {
   showAll();
   if (method === "WS") return state.tried ? state.tried.close() : trySocket();
   const headers = pairs($("headers").value, ":");
-  if (type) headers.unshift(["Content-Type", type]);
+  const hasType = headers.some(([name]) => name.toLowerCase() === "content-type");
+  if (type && !hasType) headers.unshift(["Content-Type", type]);
   if ($("withToken").checked) headers.push(["Authorization", `Bearer ${state.login.token}`]);
   const {entry} = await request(method, $("path").value, headers, body);
   showEntry(entry, "start");
