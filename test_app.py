@@ -4703,10 +4703,12 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     errors: list[str] = []
     contexts = []
 
-    def open_as(server: Server, user: str, beside: Any = None, log_in: bool = True) -> Any:
+    def open_as(
+        server: Server, user: str, beside: Any = None, log_in: bool = True, **device: Any
+    ) -> Any:
         """``beside``: a page in whose browser this one is another tab."""
         if not beside:
-            contexts.append(browser.new_context(viewport={"width": 1200, "height": 700}))
+            contexts.append(browser.new_context(viewport={"width": 1200, "height": 700}, **device))
         page = (beside.context if beside else contexts[-1]).new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -5024,6 +5026,60 @@ def test_moderation_in_the_browser(
     assert member.is_visible("#username") and not member.is_visible("#messageText")
 
 
+def test_on_touch_the_first_tap_shows_the_tools_and_presses_none(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    page = open_page(serve(), "user1", has_touch=True, is_mobile=True)
+    write(page, "mine")
+    delete = shown(page, "mine").get_by_role("button", name="Delete")
+    shown(page, "mine").tap()
+    box = delete.bounding_box()
+    page.locator("#messageText").tap()
+    delete.wait_for(state="hidden")
+    page.touchscreen.tap(box["x"] + 9, box["y"] + 9)
+    delete.wait_for()
+    page.touchscreen.tap(box["x"] + 9, box["y"] + 9)
+    page.get_by_role("button", name="Really delete?").tap()
+    page.get_by_text("Message deleted").wait_for()
+
+
+def test_a_message_is_deleted_by_keyboard_alone(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    write(page, "mine")
+    shown(page, "mine").wait_for()
+    server.chat(server.token("user2"))
+    page.get_by_text("user2 joined").wait_for()
+    write(page, "last")
+    shown(page, "last").wait_for()
+    page.locator("#chatLog").focus()
+    for key in ("ArrowUp", "ArrowUp", "Tab", "Tab", "Tab", "Enter", "Enter"):
+        page.keyboard.press(key)  # past the line between them
+    page.get_by_text("Message deleted").wait_for()
+    assert shown(page, "last").count() == 1
+
+
+def test_whoever_has_logged_in_can_type(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    page = open_page(serve(), "user1")
+    page.keyboard.type("hello\n")
+    shown(page, "hello").wait_for()
+
+
+def test_an_address_that_names_no_room_locks_nobody_out(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    page = open_page(serve(), "user1")
+    write(page, "/join 100%")
+    page.get_by_text("#100% cannot be opened").wait_for()
+    page.evaluate("() => { location.hash = '#100%'; }")
+    page.reload()
+    page.get_by_role("heading", name="# lobby").wait_for()
+
+
 def test_whoever_is_away_can_be_found_banned_and_unbanned(
     serve: Callable[..., Server], open_page: Callable[..., Any]
 ) -> None:
@@ -5105,6 +5161,10 @@ def test_a_search_ends_with_its_room(
     assert page.is_hidden("#query")
     page.get_by_role("button", name="Search").click()
     assert page.input_value("#query") == ""
+    write(page, "/search words")
+    page.get_by_text("0 messages with").wait_for()
+    write(page, "seen at once")
+    shown(page, "seen at once").wait_for()
 
 
 def test_long_names_stay_inside(
@@ -5421,10 +5481,19 @@ def test_the_wires_form_talks_to_the_server(
     page.get_by_text("as the server saw them").wait_for()
     assert seen("JSON", body='{"hello": "world"}')["json"] == {"hello": "world"}
     assert seen("form", body="name=Ann\nname=Bob")["form"] == {"name": ["Ann", "Bob"]}
+    assert seen("text", body="plain words")["body"]["text"] == "plain words"
+    wire.get_by_label("Headers").fill("content-type: text/csv")
+    answer = seen("csv", body='{"a": 1}')
+    assert [value for name, value in answer["headers"] if name == "content-type"] == ["text/csv"]
+    wire.get_by_label("Headers").fill("")
     content = {"name": "a.txt", "mimeType": "text/plain", "buffer": b"hello"}
     wire.get_by_label("File").set_input_files([content])
-    assert seen("file")["files"][0]["filename"] == "a.txt"
+    answer = seen("file", body="name=Ann")
+    assert (answer["files"][0]["filename"], answer["form"]) == ("a.txt", {"name": ["Ann"]})
     wire.get_by_label("Method").select_option("WS")
+    wire.get_by_label("Path").fill("//example.org/ws")
+    wire.get_by_role("button", name="Open").click()
+    wire.get_by_text("Only paths of this server.").wait_for()
     for path, answered, chapter in [
         ("/ws", 'Message text was: {"a": 1}', 3),
         ("/ws/json", '{"received":{"a":1}}', 3),
