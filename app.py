@@ -3283,16 +3283,15 @@ const note = (notice, isWrong = false) => {
   if (state.search?.found) Object.assign(state, {search: null, arriving: true});
 };
 const welcome = ({user, role, epoch, rooms: talks}) => {
-  if (state.epoch !== epoch) state.rooms.clear();  // another database
-  const isFirst = !state.me, name = state.current?.name ?? addressed();
+  if (state.me && state.epoch !== epoch) return location.reload();  // another database
   Object.assign(state, {me: user, epoch, connection: "connected", why: ""});
   state.roles.set(user, role);
   for (const room of state.rooms.values()) Object.assign(room, {joined: "no", loading: false});
-  loadOutbox(); roomOf(askedFor).joined = "asked";
-  if (isFirst) openRoom(name); else state.current = roomOf(name);
-  const known = kept(`rooms.${user}`, []), followed = talks.map(roomOf).slice(0, FOLLOWED);
-  for (const one of ["lobby", name, ...known]) join(roomOf(one));
-  followed.forEach(join); sendNext();
+  loadOutbox(); roomOf("lobby").joined = "asked";  // by the socket's URL
+  if (state.current) join(state.current); else openRoom(addressed());
+  const known = kept(`rooms.${user}`, []).map(roomOf), followed = talks.map(roomOf);
+  for (const room of [...known, ...followed.slice(0, FOLLOWED)]) join(room);
+  sendNext();
 };
 
 // -- Notifications: of private messages and mentions, for whoever has asked ---------------------
@@ -3314,15 +3313,12 @@ const announce = (room, {user, text, id}) => {
 };
 
 // -- The connection ----------------------------------------------------------------------------
-let socket = null;
-let retries = 0;     // failed connections in a row
-let askedFor = "";                // the room that the socket's URL names
-const transmit = (...events) => {  // one frame, an event a line
-  const lines = events.map((event) => JSON.stringify(event));
-  if (socket?.readyState === WebSocket.OPEN) sendFrame(socket, lines.join("\n"));
+let socket = null, retries = 0;  // failed connections in a row
+const transmit = (event) => {
+  if (socket?.readyState === WebSocket.OPEN) sendFrame(socket, JSON.stringify(event));
 };
-const cursorOf = (room) =>  // after the last message that is here, or the newest page
-  room?.last ? {after: room.last, epoch: state.epoch} : {};
+const cursorOf = ({last}) =>  // after the last message that is here, or the newest page
+  last ? {after: last, epoch: state.epoch} : {};
 const join = (room) => {
   if (room.joined !== "no" || state.connection !== "connected") return;
   room.joined = "asked"; transmit({type: "join", room: room.name, ...cursorOf(room)});
@@ -3335,11 +3331,10 @@ const hangUp = () => {
 const connect = () => {
   hangUp();
   if (state.connection === "logged out") $("dialog").close();
-  const {login, current} = state, url = socketUrl("ws/chat");
-  askedFor = current?.name ?? "lobby";
-  url.search = new URLSearchParams({room: askedFor, ...cursorOf(current)});
+  const url = socketUrl("ws/chat");
+  url.search = new URLSearchParams({room: "lobby", ...cursorOf(state.rooms.get("lobby") ?? {})});
   state.connection = "connecting"; render();
-  try { socket = openSocket(url, ["lobby.v1", `bearer.${login.token}`]); }
+  try { socket = openSocket(url, ["lobby.v1", `bearer.${state.login.token}`]); }
   catch { return refuse("This is no token."); }
   socket.onmessage = ({data}) => {
     retries = 0;
@@ -3473,15 +3468,10 @@ const quietly = () => {  // a screen reader hears only news
   $("chatLog").ariaLive = "off";
   setTimeout(() => { $("chatLog").ariaLive = "polite"; }, 500);
 };
-const emptyRow = cached((room, title, words) =>
-  make("div.empty", icon("mark"), make("h2", title), make("p.dim", words)));
-const emptyOf = (room) => {
-  const isTalk = isPrivate(room), name = isTalk ? titleOf(room) : `#${room.name}`;
-  const state = room.refused ? "cannot be opened" : isTalk ? "and you" : "is new";
-  return emptyRow(room, `${name} ${state}`, room.refused
-    || (isTalk ? "Nobody else sees what you write here."
-      : "Write the first line. All who join later will find it here."));
-};
+const emptyRow = cached((room, name, refused) => make("div.empty", icon("mark"),
+  make("h2", name, refused ? " cannot be opened" : isPrivate(room) ? " and you" : " is new"),
+  make("p.dim", refused || (isPrivate(room) ? "Nobody else sees what you write here."
+    : "Write the first line. All who join later will find it here."))));
 const sideRow = (sign, name, unread, badge, isCurrent, onclick) => make("li",
   make(`button.${unread ? "unread" : ""}`, {onclick, ariaCurrent: isCurrent ? "true" : null},
     make(`span.sign.${sign === "●" ? "on" : ""}`, {ariaHidden: "true"}, sign),
@@ -3549,11 +3539,12 @@ const draw = () => {
   say("problem", me ? "" : state.problem || state.connection);
   if (!me) return document.title = "Lobby";
   const view = search?.found ? search : room, isNew = view !== drawn;
+  const name = isPrivate(room) ? titleOf(room) : `#${room.name}`;
   const isHere = room.joined === "yes" || room.refused;
   const rows = view === search ? searchRows(search) : rowsOf(room);
   const isEmpty = view === room && isHere && !rows.some((row) => row.item);
   if (isNew) quietly();
-  arrange($("messages"), isEmpty ? [emptyOf(room), ...rows] : rows);
+  arrange($("messages"), isEmpty ? [emptyRow(room, name, room.refused), ...rows] : rows);
   if (isNew && view === search) $("chatLog").scrollTop = -$("chatLog").scrollHeight;
   if (state.arriving && isHere) arrive(room);
   if (isLooking(room) && isHere) markRead(room);
