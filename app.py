@@ -2580,7 +2580,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 .menu { width: 272px; padding: 6px; inset: auto; margin: 4px; position-area: bottom span-right;
   position-try: flip-block, flip-inline, flip-block flip-inline, right span-all;
   > button { display: block; width: 100%; text-align: start; }
-  > :is(div, p:not(:empty)) { padding: 6px 12px; } }
+  > div { padding: 6px 12px; } }
 .ask { --tint: var(--wrong); border-radius: 8px; .row { flex-wrap: wrap; } }
 :is(dialog, #access) form { display: grid; gap: 16px;
   label:not(.row) { display: grid; gap: 6px; font: 600 13px/1.4 var(--sans); } }
@@ -2854,7 +2854,6 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 </div>
 <div id="myMenu" class="menu" popover role="dialog" aria-label="You">
   <button id="changePassword">Change password</button><button id="notify"></button>
-  <p id="notifyWhy" class="small dim"></p>
   <button id="logOut">Log out</button></div>
 <div id="person" class="menu" popover role="dialog"></div>
 <dialog id="dialog" aria-labelledby="dialogTitle"></dialog>
@@ -3295,11 +3294,8 @@ const welcome = ({user, role, epoch, rooms: talks}) => {
 };
 
 // -- Notifications: of private messages and mentions, for whoever has asked ---------------------
-const whyNoNotices = () => !isSecureContext ? "Notifications: the browser wants https for them."
-  : ["granted", "default"].includes(window.Notification?.permission) ? ""
-    : "Notifications: this browser was told to allow none.";
-const isNotified = () => !whyNoNotices() && Notification.permission === "granted"
-  && kept(`notify.${state.me}`);
+const isNotified = () =>
+  window.Notification?.permission === "granted" && kept(`notify.${state.me}`);
 const isMention = (text) => {  // between Chinese words there is no space that could end a name
   const end = /\p{sc=Han}$/u.test(state.me) ? "" : "(?![\\p{L}\\p{M}\\p{N}_-])";
   return new RegExp(`(?<![\\p{L}\\p{N}])@${state.me}${end}`, "iu").test(text);
@@ -3499,9 +3495,7 @@ const drawSide = () => {
   document.title = unread ? `(${unread}) Lobby` : "Lobby";
   put("menu", {ariaLabel: `Rooms and people${unread ? `, ${unread} unread` : ""}`});
   put("menuCount", {textContent: String(unread), hidden: !unread});
-  say("notifyWhy", whyNoNotices());
-  put("notify", {hidden: whyNoNotices() !== "",
-    textContent: isNotified() ? "Notify me no more" : "Notify me of mentions"});
+  say("notify", isNotified() ? "Notify me no more" : "Notify me of mentions");
 };
 const drawFrame = (room) => {
   const {connection, retryAt, why, search} = state, title = titleOf(room), isTalk = isPrivate(room);
@@ -3721,8 +3715,11 @@ const logOut = async () => {
 on("logOut", "click", logOut);
 on("changePassword", "click", () => { $("myMenu").hidePopover(); changePassword(); });
 on("notify", "click", async () => {
-  const wish = !isNotified() && await Notification.requestPermission() === "granted";
-  keep(`notify.${state.me}`, wish || null); $("myMenu").hidePopover(); render();
+  const wish = !isNotified(), answer = wish && await window.Notification?.requestPermission();
+  keep(`notify.${state.me}`, answer === "granted" || null); $("myMenu").hidePopover(); render();
+  if (wish && answer !== "granted") note(isSecureContext
+    ? "This browser was told to allow no notifications."
+    : "For notifications the browser wants https.", true);
 });
 const COMMANDS = [  // what a line may look like, and what it does
   [/^\/msg\s+(\S+)\s+([^]+)/, (user, words) => post(openRoom(privateWith(user)), words)],

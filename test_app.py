@@ -5069,6 +5069,41 @@ def test_whoever_has_logged_in_can_type(
     shown(page, "hello").wait_for()
 
 
+def test_whoever_asks_is_notified_of_mentions(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+
+    def toggle(name: str) -> None:
+        page.get_by_role("button", name="Your menu").click()
+        page.get_by_role("button", name=name).click()
+
+    toggle("Notify me of mentions")
+    page.get_by_text("This browser was told to allow no notifications.").wait_for()
+    page.context.grant_permissions(["notifications"])
+    toggle("Notify me of mentions")
+    page.evaluate("""() => {
+        window.called = [];
+        window.Notification = class extends Notification {
+            constructor(title, options) { super(title, options); called.push(options.body); }
+        };
+        Object.defineProperty(document, "hidden", {get: () => true});
+    }""")
+    author = server.chat(server.token("user2"))
+    author.say("to nobody", "m1")
+    author.say("to @user10", "m2")
+    author.say("to @user1", "m3")
+    shown(page, "to @user1").last.wait_for()
+    author.send("message", to="user1", text="to user1 alone", mid="m4")
+    page.get_by_role("button", name="user2 1 unread").wait_for()
+    assert page.evaluate("() => called") == ["to @user1", "to user1 alone"]
+    toggle("Notify me no more")
+    author.say("again, @user1", "m5")
+    shown(page, "again").wait_for()
+    assert page.evaluate("() => called.length") == 2
+
+
 def test_an_address_that_names_no_room_locks_nobody_out(
     serve: Callable[..., Server], open_page: Callable[..., Any]
 ) -> None:
