@@ -3228,6 +3228,7 @@ const hearHistory = (room, {room: name, messages, more, complete}) => {
   if (room.joined === "yes" && room.loading) {  // an older page
     const oldest = oldestOf(room), older = messages.filter(({id}) => id < oldest);
     const items = new Map([...older.map((one) => [one.id, one]), ...room.items]);
+    room.newCount += older.filter((one) => one.id > (room.newAfter ?? Infinity)).length;
     quietly(); return Object.assign(room, {loading: false, more, items});
   }
   Object.assign(room, {name, joined: "yes", refused: ""});  // named as the server spells it
@@ -3438,7 +3439,8 @@ const rowsOf = (room) => {
     const isNextDay = dayOf(item) !== day, isOwn = user === state.me;
     const isFirstNew = !isMarked && id > room.newAfter && !isOwn;
     if (isNextDay) rows.push(lineRow(item, "p.day", dayName(day = dayOf(item))));
-    if (isFirstNew) rows.push(lineRow(room, "p.new", `${room.newCount} new`));
+    const count = `${room.newCount}${!head && room.more ? "+" : ""}`;  // more of them, or older
+    if (isFirstNew) rows.push(lineRow(room, "p.new", `${count} new`));
     isMarked ||= isFirstNew;
     // What was shown with its head keeps it, or the log would jump.
     item.grouped = item.grouped !== false && !isNextDay && !isFirstNew && head?.user === user

@@ -4979,7 +4979,7 @@ def test_private_conversations_in_the_browser(
 def test_a_line_shows_where_the_new_ones_begin(
     serve: Callable[..., Server], open_page: Callable[..., Any]
 ) -> None:
-    server = serve()
+    server = serve(rate="0")
     author = write_texts(server, 40)
     page = open_page(server, "user1")
     shown(page, "text 39.").wait_for()
@@ -4991,6 +4991,18 @@ def test_a_line_shows_where_the_new_ones_begin(
     page.get_by_text("2 new", exact=True).wait_for()
     follows = page.locator(".new + .message")
     assert "later 0." in follows.inner_text()
+    write(page, "/join tea")
+    page.get_by_text("#tea is new").wait_for()
+    page.close()
+    for n in range(120):
+        author.say(f"away {n}.", f"a{n}")
+    again = open_page(server, "user1", beside=page)
+    again.get_by_text(re.compile(r"^(50|100)\+ new$")).wait_for()
+    for count in (150, 170):  # older pages, on scrolling up
+        again.locator("#chatLog").evaluate("log => { log.scrollTop = -log.scrollHeight; }")
+        again.locator(".message").nth(count - 31).wait_for()
+    again.get_by_text("120 new", exact=True).wait_for()
+    assert "away 0." in again.locator(".new + .message").inner_text()
 
 
 def test_moderation_in_the_browser(
