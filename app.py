@@ -3783,6 +3783,8 @@ on("room", "keydown", ({key}) => { if (key === "Escape" && state.search) endSear
 // -- The wire explains: what each entry is ------------------------------------------------------
 const REQUESTS = [  // by first line and status, the first that fits
   [/^POST \/login 200/, "The password goes up as JSON, a signed token comes back."],
+  [/^GET \/ws.* 0$/, "A GET that asks to become a socket: Upgrade, a key, perhaps subprotocols."],
+  [/ 101$/, "101: the connection stops being HTTP here. Subprotocol {picked} was picked."],
   [/ 401$/, "{detail}. It wants a valid token."],
   [/ 422$/, "Well formed, not valid. The answer names the field."],
   [/ 4\d\d$/, "Refused: {detail}."],
@@ -3842,31 +3844,25 @@ const operationOf = (method, path) => state.operations.find((one) =>
   one.pattern.test(path.split("?")[0]) && (one.method === method || one.path === "/inspect"));
 const chapterOf = (one) => one ? `chapter ${one.tag.replace(". ", ", ")}` : "the server";
 const fill = (words, values) => words.replace(/{(\w+)}/g, (_, name) => values[name] ?? "…");
-const SENTENCES = {
-  http: ({method, path, title, status, text, bytes = 0}) => {
-    const operation = operationOf(method, path), [, words] =
-      REQUESTS.find(([is]) => is.test(`${title} ${status}`));
-    return fill(words, {detail: parsed(text)?.detail,
+const sentenceOf = (entry) => {
+  const {kind, method, path, title, status, code, text, bytes = 0, way, types, texts} = entry;
+  if (kind === "close") return `${code}: ${fill(CLOSES[code] ?? "closed.", entry)}`;
+  if (kind !== "frame") {
+    const operation = operationOf(method, path), about = operation?.about;
+    const [, words] = REQUESTS.find(([is]) => is.test(`${title} ${status}`));
+    return fill(words, {detail: parsed(text)?.detail, picked: entry.picked || "none",
       chapter: chapterOf(operation).split(",")[0].replace(/^./, (one) => one.toUpperCase()),
-      about: operation?.about ? `: ${operation.about}` : ` with ${plural(bytes, "byte")}`});
-  },
-  open: ({status, picked}) =>
-    !status ? "A GET that asks to become a socket: Upgrade, a key, perhaps subprotocols."
-      : "101: the connection stops being HTTP here."
-        + (picked ? ` Subprotocol ${picked} was picked.` : ""),
-  close: (entry) => `${entry.code}: ${fill(CLOSES[entry.code] ?? "closed.", entry)}`,
-  frame: ({way, types, texts, bytes}) => {
-    const said = parsed(texts.at(-1).split("\n").at(-1)), isOwn = said?.user === state.me;
-    const type = isOwn && said.type === "message" ? "own" : said?.type;
-    const words = FRAMES[`${way} ${type}`] ?? FRAMES[`${way} other`], wait = said?.retry_after;
-    return (types.length > 1 ? `${types.length} events, one frame. ` : "") + fill(words, {...said,
-      bytes, after: said?.after ?? "any", role: article(said?.role),
-      messages: plural(said?.messages?.length ?? 0, "message"),
-      people: plural(Object.keys(said?.users ?? {}).length, "person").replace("persons", "people"),
-      then: wait ? `It is sent again in ${wait} s.` : "The socket stays open."});
-  },
+      about: about ? `: ${about}` : ` with ${plural(bytes, "byte")}`});
+  }
+  const said = parsed(texts.at(-1).split("\n").at(-1)) ?? {}, wait = said.retry_after;
+  const isReceipt = said.type === "message" && said.user === state.me;
+  const words = FRAMES[`${way} ${isReceipt ? "own" : said.type}`] ?? FRAMES[`${way} other`];
+  return (types.length > 1 ? `${types.length} events, one frame. ` : "") + fill(words, {...said,
+    bytes, after: said.after ?? "any", role: article(said.role),
+    messages: plural(said.messages?.length ?? 0, "message"),
+    people: plural(Object.keys(said.users ?? {}).length, "person").replace("persons", "people"),
+    then: wait ? `It is sent again in ${wait} s.` : "The socket stays open."});
 };
-const sentenceOf = (entry) => SENTENCES[entry.kind](entry);
 
 // -- Drawing the wire --------------------------------------------------------------------------
 // Lines as JSON, in which short lists are on a line; keys, strings and numbers stand out.
