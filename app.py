@@ -3363,7 +3363,8 @@ document.addEventListener("visibilitychange", render);
 // -- Drawing the chat --------------------------------------------------------------------------
 const clock = new Intl.DateTimeFormat([], {timeStyle: "short"});
 const moment = new Intl.DateTimeFormat([], {dateStyle: "full", timeStyle: "medium"});
-const plural = (count, word) => `${count.toLocaleString()} ${word}${count === 1 ? "" : "s"}`;
+const digits = new Intl.NumberFormat();
+const plural = (count, word) => `${digits.format(count)} ${word}${count === 1 ? "" : "s"}`;
 const dayOf = ({at}) => new Date(at * 1_000).toDateString();
 const dayName = (day) => {
   const ago = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(day)) / 86_400_000);
@@ -3927,7 +3928,7 @@ const previewOf = ({kind, event, types, texts}) => kind !== "frame" ? ""
 const entryRow = cached((entry, chip, colour, ms, bytes, sentence, opened = false) => {
   const {kind, title, way = "", lane, through = [], socket} = entry, isClose = kind === "close";
   const number = (value, unit, kind = "") => make(`span.number${kind}`,
-    value === undefined ? "" : `${Math.round(value).toLocaleString()} ${unit}`);
+    value === undefined ? "" : `${digits.format(Math.round(value))} ${unit}`);
   const details = make("details", {open: opened}, make("summary", make("span.head",
     make("span.unseen", {in: "received: ", out: "sent: "}[way]), make("b.cut", title),
     chip && make(`span.chip.${colour}`, chip), make("span.preview.cut", previewOf(entry)),
@@ -3951,8 +3952,8 @@ const drawWire = () => {
   const {entries, pausedAt, tried} = state, method = $("method").value;
   const wanted = $("filter").value.toLowerCase(), isSocket = method === "WS";
   const until = entries.filter(({at}) => !pausedAt || at <= pausedAt);
-  const found = until.filter((entry) => [entry.title, entry.status, entry.text, entry.body,
-    sentenceOf(entry), ...entry.texts ?? []].join(" ").toLowerCase().includes(wanted));
+  const found = until.filter((entry) => !wanted || [entry.title, entry.status, entry.text,
+    entry.body, sentenceOf(entry), ...entry.texts ?? []].join(" ").toLowerCase().includes(wanted));
   arrange($("list"), found.map(rowOf));
   put("pause", {ariaPressed: String(pausedAt !== null),
     textContent: pausedAt ? `Paused, ${entries.length - until.length}` : "Pause"});
