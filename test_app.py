@@ -5051,7 +5051,12 @@ def test_on_touch_the_first_tap_shows_the_tools_and_presses_none(
     page.touchscreen.tap(box["x"] + 9, box["y"] + 9)
     delete.wait_for()
     page.touchscreen.tap(box["x"] + 9, box["y"] + 9)
-    page.get_by_role("button", name="Really delete?").tap()
+    question = page.get_by_role("button", name="Really delete?")
+    question.wait_for()
+    page.locator("#messageText").tap()  # whoever turns away is asked anew
+    shown(page, "mine").tap()
+    delete.tap()
+    question.tap()
     page.get_by_text("Message deleted").wait_for()
 
 
