@@ -5043,7 +5043,7 @@ def test_on_touch_the_first_tap_shows_the_tools_and_presses_none(
 ) -> None:
     page = open_page(serve(), "user1", has_touch=True, is_mobile=True)
     write(page, "mine")
-    delete = shown(page, "mine").get_by_role("button", name="Delete")
+    delete = shown(page, "mine").get_by_role("button", name="Delete", exact=True)
     shown(page, "mine").tap()
     box = delete.bounding_box()
     page.locator("#messageText").tap()
