@@ -2748,8 +2748,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   <svg class="i-mark mark" viewBox="0 0 24 24"><circle cx="7.3" cy="7.3" r="2.2"/>
     <path d="M9.5 7.3h3.7a2.5 2.5 0 0 1 2.5 2.5v7.7"/>
     <path d="M15.7 12.2h0M15.7 17.5h0" stroke-width="4.4"/></svg>
-  <svg class="i-search" viewBox="0 0 16 16"><path
-    d="M11.2 7a4.2 4.2 0 1 1-.1-.7m-.9 3.9 4 4"/></svg>
+  <svg class="i-search" viewBox="0 0 16 16"><path d="M11.2 7a4.2 4.2 0 1 1-.1-.7m-1 4 4 4"/></svg>
   <svg class="i-wire" viewBox="0 0 16 16"><path d="M2 5h12l-3-3M14 11H2l3 3"/></svg>
   <svg class="i-menu" viewBox="0 0 16 16"><path d="M2 4h12M2 8h12M2 12h12"/></svg>
   <svg class="i-close" viewBox="0 0 16 16"><path d="m3 3 10 10M13 3 3 13"/></svg>
@@ -2758,69 +2757,63 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   <svg class="i-out" viewBox="0 0 16 16"><path d="M3 8h10M9 4l4 4-4 4"/></svg>
   <svg class="i-in" viewBox="0 0 16 16"><path d="M13 8H3M7 4 3 8l4 4"/></svg>
 </template>
-<div id="access" role="main"><div id="panel"><div>
+<div id="access" role="main" spellcheck="false"><div id="panel"><div>
   <h1 class="row" data-icon="mark">Lobby</h1>
   <p class="lead">A team chat that loses nothing, and shows every request and frame it is made
     of.</p>
-  <form id="credentials" novalidate>
+  <form id="credentials">
     <label>Name <input id="username" name="username" autocomplete="username" autocapitalize="none"
-      spellcheck="false" aria-describedby="usernameProblem">
+      aria-describedby="usernameProblem">
       <span id="usernameProblem" class="problem" role="alert"></span></label>
     <label>Password <input id="password" name="password" type="password"
       autocomplete="current-password" aria-describedby="passwordProblem">
       <span id="passwordProblem" class="problem" role="alert"></span></label>
     <label class="row small"><input id="stay" type="checkbox"> Stay logged in</label>
     <p class="row"><button class="main" value="login">Log in</button>
-      <button class="quiet" value="register">Register</button></p>
-  </form>
+      <button class="quiet" value="register">Register</button></p></form>
   <p id="problem" class="problem" role="alert"></p>
   <div id="demo"><h2 class="small dim">Try it as</h2><p class="row"></p></div>
   <details id="byToken" class="small"><summary class="dim">Use a token</summary>
-    <form id="pasted"><label>Token <input id="token" name="token" autocomplete="off"
-      spellcheck="false"></label>
+    <form id="pasted"><label>Token <input id="token" autocomplete="off"></label>
       <button class="quiet">Connect with the token</button></form></details>
 </div><section id="preview" aria-label="What goes over the wire">
   <h2>Log in, and this goes over the wire</h2>
   <p class="small dim">Each line can be opened: headers, bytes, JSON.</p>
-  <ol id="sample"></ol>
-</section></div></div>
+  <ol id="sample"></ol></section></div></div>
 
 <div id="app" hidden>
   <nav id="side" popover aria-label="Rooms and people">
     <h1 class="row" data-icon="mark">Lobby</h1>
     <div id="lists">
       <section><h2 class="small dim">Rooms</h2><ul id="rooms"></ul>
-        <button id="moreRooms" class="more" data-icon="plus">More rooms</button></section>
+        <button id="moreRooms" class="more row" data-icon="plus">More rooms</button></section>
       <section><h2 class="small dim">Private</h2><ul id="private"></ul></section>
       <section><h2 class="small dim">Also online</h2><ul id="people"></ul>
-        <button id="morePeople" class="more" data-icon="plus">More people</button></section></div>
-    <div id="me" class="row"><span id="myAvatar"></span>
+        <button id="morePeople" class="more row" data-icon="plus">More people</button></section>
+    </div><div id="me" class="row"><span id="myAvatar"></span>
       <p class="grow"><b id="myName"></b><br><span id="myRole" class="small dim"></span></p>
       <button class="icon" data-icon="more" aria-label="Your menu" popovertarget="myMenu"></button>
-    </div>
-  </nav>
+    </div></nav>
   <main id="room">
     <header id="top" class="row">
       <button id="menu" class="icon" data-icon="menu" popovertarget="side"><span id="menuCount"
-        class="count"></span></button>
-      <h2 id="roomName" class="cut"></h2><p id="who" class="small dim cut"></p>
-      <button id="leave" class="link">Leave</button><span class="grow"></span>
-      <p id="status" class="row small dim"><span id="dot" class="sign on"
+        class="count"></span></button><h2 id="roomName" class="cut"></h2>
+      <p id="who" class="small dim cut"></p><button id="leave" class="link">Leave</button>
+      <span class="grow"></span><p id="status" class="row small dim"><span id="dot" class="sign on"
         aria-hidden="true"></span><span id="state" role="status"></span></p>
-      <form id="searching" role="search" hidden><input id="query" spellcheck="false"></form>
+      <form id="searching" role="search" spellcheck="false"><input id="query"></form>
       <button id="search" class="icon" data-icon="search" aria-label="Search"></button>
       <button id="wireButton" class="quiet row" data-icon="wire" aria-label="Wire"
         aria-expanded="false" aria-controls="wire"><span>Wire</span></button></header>
     <div id="chatLog" role="log" aria-label="Messages" tabindex="0"><div id="messages"></div></div>
-    <button id="newest" class="main" hidden></button>
-    <p id="strip" class="row" hidden><span class="grow"><span id="stripText" role="status"></span>
-      <span id="seconds" aria-hidden="true"></span></span>
-      <button id="now" class="link"></button></p>
-    <form id="composer"><textarea id="messageText" rows="1" aria-label="Message"
+    <button id="newest" class="main"></button>
+    <p id="strip" class="row"><span class="grow"><span id="stripText" role="status"></span> <span
+      id="seconds" aria-hidden="true"></span></span><button id="now" class="link"></button></p>
+    <form id="composer"><textarea id="messageText" class="grow" rows="1" aria-label="Message"
       aria-describedby="hint"></textarea><button id="send" class="main">Send</button></form>
     <div id="foot"><p id="typing" class="cut grow"></p><p id="hint" role="status"></p></div>
   </main>
-  <aside id="wire" aria-label="The wire" hidden>
+  <aside id="wire" aria-label="The wire" spellcheck="false" hidden>
     <header class="row"><h2>The wire</h2>
       <p class="small dim cut">all that this tab sends and hears</p>
       <button id="closeWire" class="icon" data-icon="close" aria-label="Close the wire"></button>
@@ -2828,33 +2821,27 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
     <details id="try" open><summary class="link">Send a request, or open a socket</summary>
       <form id="form" class="row"><select id="method" aria-label="Method"><option>GET<option>POST
           <option>PUT<option>PATCH<option>DELETE<option>OPTIONS<option>HEAD<option>WS</select>
-        <input id="path" class="grow" aria-label="Path" list="paths" spellcheck="false" size="1"
+        <input id="path" class="grow" aria-label="Path" list="paths"
           value="/inspect/hello?a=1&amp;a=2"><datalist id="paths"></datalist>
         <button id="go" class="main">Send</button></form>
-      <form id="socketForm" class="row"><input id="frameText" class="grow" size="1"
-        value='{"a": 1}' aria-label="Text to send"><button id="sendFrame"
-        class="main">Send text</button></form>
+      <form id="socketForm" class="row"><input id="frameText" class="grow" value='{"a": 1}'
+        aria-label="Text to send"><button id="sendFrame" class="main">Send text</button></form>
       <p id="chapter" class="small dim cut"></p>
       <details id="more"><summary class="link">Headers and body</summary>
         <label class="row small"><input id="withToken" type="checkbox"> With my token</label>
-        <textarea id="headers" rows="1" aria-label="Headers, one a line"
-          >X-Example: hello</textarea>
+        <textarea id="headers" rows="1" aria-label="Headers, one a line">X-Example: hello</textarea>
         <textarea id="body" rows="3" aria-label="Body"
           placeholder='{"as": "JSON"}, or lines of a form: name=Ann'></textarea>
         <input id="file" type="file" aria-label="File"></details>
       <p id="formProblem" class="problem" role="alert"></p></details>
-    <div id="wireTools" class="row"><input id="filter" class="grow" aria-label="Filter" size="1"
-      placeholder="Filter: 401, typing, /rooms"><button id="explain"
-      aria-pressed="true">Explain</button><button id="pause" aria-pressed="false">Pause</button>
-      <button id="clear">Clear</button></div>
-    <div id="frames" tabindex="0" role="region" aria-label="Requests and frames">
-      <ol id="list"></ol></div>
-  </aside>
-</div>
+    <div id="wireTools" class="row"><input id="filter" class="grow" aria-label="Filter"
+      placeholder="Filter: 401, typing, /rooms"><button id="explain" aria-pressed="true"
+      >Explain</button><button id="pause">Pause</button><button id="clear">Clear</button></div>
+    <section id="frames" tabindex="0" aria-label="Requests and frames"><ol id="list"></ol></section>
+  </aside></div>
 <div id="myMenu" class="menu" popover role="dialog" aria-label="You">
   <button id="changePassword">Change password</button><button id="notify"></button>
-  <p id="notifyWhy" class="small dim"></p>
-  <button id="logOut">Log out</button></div>
+  <p id="notifyWhy" class="small dim"></p><button id="logOut">Log out</button></div>
 <div id="person" class="menu" popover role="dialog"></div>
 <dialog id="dialog" aria-labelledby="dialogTitle"></dialog>
 <script>
