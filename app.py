@@ -2531,15 +2531,15 @@ h1, h2, h3, b, .main, .wrong, .who .cut, .link, .avatar, .chip, .count, .new { f
 h2 { font-size: 16px; line-height: 1.4; } ul, ol { list-style: none; padding: 0; }
 .small, .problem, .link, time, .day, .new, .notice, .state, #strip, .sentence { font-size: 13px;
   line-height: 1.4; }
-.dim, time, .day, .notice, .state, .preview, .number, .sentence { color: var(--dim); }
+.dim, time, .day, .notice, .state, .preview, .number, .sentence, #foot { color: var(--dim); }
 .problem, .delete, .failed .state, .notice.wrong { color: var(--wrong); font-weight: 400; }
-.row, .day, .new, #side :is(li button, .more) { display: flex; gap: 8px; align-items: center; }
+.row, .day, .new, .who, .head, #side li button { display: flex; gap: 8px; align-items: center; }
 .grow { flex: 1; min-width: 0; } .problem:empty { display: none; }
 .cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: match-parent; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-svg { width: 16px; height: 16px; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
+svg { width: 16px; fill: none; stroke: currentColor; stroke-width: 1.75;
   stroke-linecap: round; stroke-linejoin: round; }
-.mark { background: var(--accent); stroke: var(--on-accent); border-radius: 23%; }
+.mark { width: 32px; background: var(--accent); stroke: var(--on-accent); border-radius: 23%; }
 button, input, textarea, select { font: inherit; color: inherit; min-width: 0; height: 34px;
   border: 1px solid transparent; border-radius: 8px; }
 input, textarea, select { background: var(--paper); border-color: var(--line);
@@ -2555,24 +2555,22 @@ button { padding: 0 12px; background: none; cursor: pointer; white-space: nowrap
   &.link { height: auto; padding: 0 2px; border: 0; background: none; } }
 .link, .text :is(a, b) { color: var(--accent); }
 :is(.link, .who button):hover, summary:hover b { text-decoration: underline; }
-.icon { width: 34px; padding: 0; display: grid; place-content: center; }
+.icon, .avatar, .frame { display: grid; place-content: center; } .icon { width: 34px; padding: 0; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
 ::placeholder { color: var(--dim); opacity: 1; } summary { cursor: pointer; width: fit-content; }
 .chip, mark, .avatar.own, .message.mention, .ask, #strip { --tint: var(--dim);
   background: color-mix(in srgb, var(--tint) var(--share, 10%), transparent); }
 mark { --share: 26%; color: inherit; } mark, #strip { --tint: var(--warn); }
-.avatar { width: 32px; height: 32px; border-radius: 9px; display: grid; place-content: center;
-  flex: none; font-size: 13px; user-select: none;
+.avatar { width: 32px; height: 32px; border-radius: 9px; font-size: 13px; user-select: none;
   background: light-dark(oklch(.92 .045 var(--hue)), oklch(.36 .06 var(--hue)));
   color: light-dark(oklch(.42 .11 var(--hue)), oklch(.9 .06 var(--hue)));
   &.own { --tint: var(--accent); color: var(--accent); } }
-.badge, .chip, .count { font-size: 12px; line-height: 18px; border-radius: 5px; padding: 0 6px; }
+.badge, .chip, .count, #foot { font-size: 12px; border-radius: 5px; padding: 0 6px; }
 .badge { background: var(--raised); color: var(--dim); }
-.count { background: var(--accent); color: var(--on-accent); border-radius: 9px; min-width: 18px;
-  text-align: center; }
+.count { background: var(--accent); color: var(--on-accent); border-radius: 9px; }
 
 /* The log-in, and what floats: menus and dialogs */
-dialog, [popover] { color: inherit; background: var(--paper); border: 1px solid var(--line);
+dialog, .menu { color: inherit; background: var(--paper); border: 1px solid var(--line);
   border-radius: 12px; padding: 20px; box-shadow: var(--float); overflow-wrap: anywhere; }
 dialog { width: min(368px, 100% - 32px); margin: auto; }
 :is(dialog, #side)::backdrop { background: #15120c66; }
@@ -2584,156 +2582,132 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 .ask { --tint: var(--wrong); border-radius: 8px; .row { flex-wrap: wrap; } }
 :is(dialog, #access) form { display: grid; gap: 16px;
   label:not(.row) { display: grid; gap: 6px; font: 600 13px/1.4 var(--sans); } }
-#access { min-height: 100dvh; display: grid; place-content: center; padding: 24px;
-  background: var(--shade); grid-template-columns: min(880px, 100%); }
-#panel { display: grid; grid-template-columns: 384fr 496fr; border-radius: 16px; overflow: hidden;
-  background: var(--paper); box-shadow: var(--float);
-  > * { padding: 40px; min-width: 0; } h1 { font-size: 36px; line-height: 1.2; gap: 14px; }
-  .mark { width: 48px; height: 48px; } form button { flex: 1; }
-  input { height: 38px; font-size: 16px; } }
+#access { min-height: 100dvh; display: grid; padding: 24px; background: var(--shade); }
+#panel { display: grid; grid: auto / 384fr 495fr; gap: 1px; width: min(880px, 100%); margin: auto;
+  border-radius: 16px; overflow: hidden; background: var(--line); box-shadow: var(--float);
+  @media (max-width: 960px) { width: min(496px, 100%); grid-template-columns: minmax(0, 1fr); }
+  > :first-child { padding: 40px; background: var(--paper); }
+  h1 { font-size: 36px; line-height: 1.2; gap: 14px; } .mark { width: 48px; }
+  form button { flex: 1; } input { height: 38px; font-size: 16px; } }
 .lead { font-size: 17px; margin-block: 20px 24px; } :is(#problem, #pasted) { margin-top: 12px; }
 #demo { h2 { margin: 24px 0 8px; } button { border-radius: 17px; } } #byToken { margin-top: 20px; }
-#preview { background: var(--shade); border-inline-start: 1px solid var(--line); display: grid;
-  align-content: center; gap: 2px; padding: 32px 24px 32px 18px !important;
+#preview { background: var(--shade); display: grid; align-content: center; gap: 2px; min-width: 0;
+  padding: 32px 24px 32px 18px;
   > :not(ol) { padding-inline-start: 14px; } > ol { margin-top: 24px; } }
 
 /* The chat: side bar, header, messages, composer */
-#app { height: 100dvh; display: grid; grid-template: 100dvh / 248px minmax(0, 1fr);
-  overflow: hidden; }
-#app:has(#wire:not([hidden])) {
-  grid-template-columns: 248px minmax(0, 1fr) clamp(352px, 34%, 480px); }
-#side, #room, #wire { display: flex; flex-direction: column; min-width: 0; min-height: 0; }
-#side, #wire { background: var(--shade); border: 0 solid var(--line); border-radius: 0; }
-#side { position: static; width: auto; height: auto; margin: 0; padding: 0 8px 8px;
-  border-inline-end-width: 1px; box-shadow: none;
-  &:popover-open { position: fixed; inset: 0 auto 0 0; width: min(304px, 84%); height: 100dvh; }
-  h1 { font-size: 17px; height: 52px; padding: 0 8px; } .mark { width: 22px; height: 22px; }
+#app { height: 100dvh; display: flex; overflow: hidden; }
+#side, #room, #wire { display: flex; flex-direction: column; min-width: 0; }
+#side, #wire { color: inherit; background: var(--shade); border: 0 solid var(--line); }
+#side { position: static; width: 248px; height: auto; padding: 0 8px 8px;
+  border-inline-end-width: 1px; &:popover-open { position: fixed; width: min(304px, 84%); }
+  h1 { font-size: 17px; padding: 0 8px; } .mark { width: 22px; }
   h2 { padding: 8px 8px 4px; } section + section { margin-top: 12px; }
   section:has(ul:empty):not(:has(.more)) { display: none; }
-  :is(li button, .more) { width: 100%; height: 30px; padding: 0 8px; border: 0; color: var(--dim);
-    text-align: start; }
+  :is(li button, .more) { width: 100%; height: 30px; padding: 0 8px; border: 0;
+    color: var(--dim); text-align: start; }
   li :is(.unread, [aria-current]) { color: var(--ink); font-weight: 600; } }
+#side h1, #top, #wire > header { height: 52px; flex: none; }
 #lists { flex: 1; overflow-y: auto; }
-.sign { width: 16px; text-align: center; flex: none; &.on { color: var(--in); } }
+.sign { width: 16px; text-align: center; &.on { color: var(--in); } }
 #me { border-top: 1px solid var(--line); padding-top: 8px; line-height: 1.3; }
-#room { position: relative; container-type: inline-size; }
-#top { flex: none; height: 52px; padding-inline: var(--column);
-  border-bottom: 1px solid var(--line); h2 { flex: none; max-width: 60%; } }
-#searching { flex: 0 1 220px; } #query { width: 100%; } #status { flex: none; }
+#room { flex: 1; position: relative; container-type: inline-size; }
+#top { padding-inline: var(--column); border-bottom: 1px solid var(--line); }
+#roomName, #status { flex: none; max-width: 60%; } #searching { flex: 0 1 220px; display: grid; }
 #menu { display: none; position: relative; .count { position: absolute; top: -2px; left: 16px; } }
 #chatLog, #frames { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; }
-#messages { padding-block: 20px 16px; &:has(.empty) { margin-block: auto; }
+#messages { padding: 20px var(--column) 16px; &:has(.empty) { margin-block: auto; }
   &:has(.results) { margin-bottom: auto; } }
-.found { margin-inline: calc(var(--column) + 32px) var(--column); }
-.day, .new, .notice, .empty { overflow-anchor: none; }
-.day, .new { gap: 12px; margin: 16px var(--column) 6px; }
+.day, .new, .notice, .empty { overflow-anchor: none; } .found { margin-inline-start: 32px; }
+.day, .new { gap: 12px; margin: 16px 0 6px; }
 .day::before, .day::after, .new::before { content: ""; flex: 1; border-top: 1px solid var(--line); }
 .new { color: var(--accent); scroll-margin-top: 60px; &::before { border-color: currentColor; } }
-.notice { margin-inline: var(--column); padding: 4px 0 4px 44px; white-space: pre-wrap; }
-.message { display: grid; grid-template-columns: 32px minmax(0, 1fr); column-gap: 12px;
-  position: relative; margin: 8px calc(var(--column) - 20px) 0; padding: 3px 20px 4px;
-  border-radius: 8px; outline-offset: -2px;
+.notice { padding: 4px 0 4px 44px; white-space: pre-wrap; }
+.message { position: relative; margin: 8px -20px 0; padding: 3px 20px 4px 64px; border-radius: 8px;
+  outline-offset: -2px; > .avatar { position: absolute; inset: 6px auto auto 20px; }
   &.grouped { margin-top: 0; padding-top: 1px; > :is(.avatar, .who) { display: none; } }
   &:where(:hover, :focus-within) { background: color-mix(in srgb, var(--ink) 4%, transparent); }
-  &.mention { --tint: var(--accent); --share: 7%; box-shadow: inset 2px 0 var(--accent); }
-  > * { grid-column: 2; } > .avatar { grid-area: 1 / 1 / 4; margin-top: 3px; } }
-.who { display: flex; gap: 8px; align-items: baseline; white-space: nowrap;
+  &.mention { --tint: var(--accent); --share: 7%; box-shadow: inset 2px 0 var(--accent); } }
+.who { align-items: baseline; white-space: nowrap;
   .cut { flex: initial; height: auto; padding: 0; border: 0; background: none; } }
 .text { white-space: pre-wrap; width: fit-content; max-width: 100%;
   code, pre { font: 13px/1.5 var(--mono); background: var(--shade); padding: 1px 4px;
     border: 1px solid var(--line); border-radius: 5px; }
-  pre { padding: 8px 12px; margin-block: 4px; overflow-x: auto; white-space: pre; }
+  pre { padding: 8px 12px; margin-block: 4px; overflow-x: auto; }
   :is(.gone, .waiting) > & { color: var(--dim); } .gone > & { font-style: italic; } }
 .state { display: flex; gap: 8px; flex-wrap: wrap; user-select: none; }
 .tools { position: absolute; inset-inline-end: 20px; top: 2px; display: flex; z-index: 1;
   background: var(--paper); border: 1px solid var(--line); border-radius: 8px; user-select: none;
   .message:not(:hover, :focus-within) & { display: none; }
   > * { height: 28px; font-size: 13px; padding: 0 10px; line-height: 28px; border: 0; } }
-.empty { display: grid; justify-items: center; gap: 10px; padding: 24px; text-align: center;
-  .mark { width: 32px; height: 32px; } }
+.empty { display: grid; justify-items: center; gap: 10px; padding: 24px 4px; text-align: center; }
 #newest { position: absolute; bottom: 90px; left: 50%; translate: -50%; border-radius: 17px; }
 #strip { margin: 4px var(--column); padding: 6px 12px; border-radius: 8px; color: var(--warn); }
 #composer { margin-inline: var(--column); padding: 4px; display: flex; align-items: end;
   border: 1px solid var(--edge); border-radius: 12px;
   &:focus-within { outline: 2px solid var(--accent); outline-offset: -1px; } }
-#messageText { flex: 1; border: 0; resize: none; field-sizing: content; background: none;
-  outline: 0; max-height: 30dvh; min-height: 34px; }
-#foot { margin: 4px var(--column) 6px; padding-inline: 8px; display: flex; gap: 12px;
-  font-size: 12px; line-height: 18px; min-height: 18px; color: var(--dim); }
+#messageText { border: 0; resize: none; field-sizing: content; outline: 0; max-height: 30dvh; }
+#foot { display: flex; gap: 12px; margin: 4px var(--column) 6px; padding: 0 8px; min-height: 18px; }
 
 /* The wire */
-#wire { border-inline-start-width: 1px;
-  > header { height: 52px; flex: none; padding: 0 8px 0 16px; button { margin-left: auto; } } }
-#try { padding: 0 16px 10px; > summary { display: none; }
-  &[open]::details-content, #more[open]::details-content { display: grid; gap: 8px;
-    grid-template-columns: minmax(0, 1fr); } }
+#wire { flex: 0 0 clamp(352px, 34%, 480px); border-inline-start-width: 1px;
+  > header { padding: 0 8px 0 16px; button { margin-left: auto; } } }
+#try { padding: 0 16px 10px; > summary { display: none; } }
+:is(#try, #more)[open]::details-content { display: grid; grid: auto / minmax(0, 1fr); gap: 8px; }
 #try :is(input, select, textarea), .card, .entry { font: 12px/1.5 var(--mono); }
 #wireTools { gap: 4px; padding: 6px 16px; border-block: 1px solid var(--line);
   > * { height: 28px; font-size: 13px; padding-inline: 8px; } }
 #list { margin-bottom: auto; padding-block: 8px; } .sentence { font-family: var(--sans); }
-.entry { position: relative; --lane: 29px; padding-inline: 46px 12px;
-  #list:has(.second) > & { padding-inline-start: 60px; } &.second { --lane: 45px; }
-  summary { display: block; width: auto; padding-block: 4px; min-height: 46px; } }
-#wire:has(#explain[aria-pressed=false]) { .entry summary { min-height: 28px; }
-  .sentence { display: none; } }
-.head { display: flex; gap: 6px; align-items: center; height: 20px;
-  > * { flex: none; } > .preview { flex: 0 1 auto; } > b { max-width: calc(100% - 170px); } }
+.entry { position: relative; padding-inline: 46px 12px;
+  #list:has(.second) > & { padding-inline-start: 60px; }
+  summary { display: block; width: auto; padding-block: 4px; } }
+.entry, .pass:where(:not(.own)) { --lane: 29px; } .second { --lane: 45px; } .last { height: 14px; }
+#wire:has(#explain[aria-pressed=false]) .sentence { display: none; }
+.head { gap: 6px; height: 20px; > :not(.preview) { flex: none; }
+  > b { max-width: calc(100% - 170px); } }
 .number { min-width: 52px; text-align: end; &.ms { margin-inline-start: auto; } }
 .turn { display: none; &::before { content: "›"; } [open] > summary & { rotate: 90deg; } }
 .chip { color: var(--tint);
   &.good { --tint: var(--in); } &.warn { --tint: var(--warn); } &.bad { --tint: var(--wrong); }
   &.switch { background: var(--ink); color: var(--paper); } }
-.node, .pass, .entry::before { position: absolute; }
-.pass { width: 2px; background: var(--edge); inset-block: 0; left: 28px;
-  &.second { left: 44px; } &.own { left: calc(var(--lane) - 1px); }
-  &.last { bottom: auto; height: 14px; } }
-.entry:has(.switch)::before { content: ""; left: 19px; top: 13px; bottom: 0;
-  width: calc(var(--lane) - 20px); border: 2px solid var(--edge); border-width: 2px 2px 0 0;
-  border-start-end-radius: 8px; }
-.ring { width: 10px; height: 10px; left: 9px; top: 9px; border: 2px solid var(--edge);
-  border-radius: 50%; background: var(--shade); }
-.frame { width: 16px; height: 16px; left: calc(var(--lane) - 8px); top: 6px; border-radius: 50%;
-  background: var(--accent); color: var(--shade); display: grid; place-content: center;
-  svg { width: 12px; height: 12px; stroke-width: 2.5; } .in & { background: var(--in); }
-  &.square { border-radius: 3px; } .in &.bad { background: var(--wrong); } }
+.node, .pass, .entry::before { position: absolute; } .node { border-radius: 50%; }
+.pass { width: 2px; background: var(--edge); inset-block: 0; left: calc(var(--lane) - 1px); }
+.entry:has(.switch)::before { content: ""; inset: 13px auto 0 19px; width: calc(var(--lane) - 20px);
+  border: solid var(--edge); border-width: 2px 2px 0 0; border-start-end-radius: 8px; }
+.ring { left: 9px; top: 9px; padding: 3px; border: 2px solid var(--edge); }
+.frame { left: calc(var(--lane) - 8px); top: 6px; padding: 2px; background: var(--accent);
+  color: var(--shade); &.square { border-radius: 3px; } svg { width: 12px; stroke-width: 2.5; }
+  .in & { background: var(--in); } .in &.bad { background: var(--wrong); } }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
   margin-block: 4px 8px; overflow-wrap: anywhere;
   > * { padding: 8px 12px; } > * + * { border-top: 1px solid var(--line); }
-  i { color: var(--in); font-style: normal; } em { color: var(--accent); font-style: normal; }
+  :is(i, em) { color: var(--in); font-style: normal; } em { color: var(--accent); }
   h3 { font: 600 13px/1.4 var(--sans); display: flex; justify-content: space-between; gap: 12px; }
-  h3 span { font-weight: 400; color: var(--dim); }
-  dl { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 0 12px; }
-  dt { color: var(--dim); } time { margin-inline-start: auto; }
+  :is(h3 span, dt) { font-weight: 400; color: var(--dim); } time { margin-inline-start: auto; }
+  dl { display: grid; grid: auto / minmax(90px, max-content) 1fr; column-gap: 12px; }
   pre { font: inherit; white-space: pre-wrap; max-height: 340px; overflow-y: auto; } }
 
 /* Small windows, touch, motion */
 @media (max-width: 1100px) {
-  #app:has(#wire:not([hidden])) { grid-template-columns: 1fr 1fr; #menu { display: grid; }
+  #wire { flex-basis: 50%; } #app:has(#wire:not([hidden])) { #menu { display: grid; }
     #side:not(:popover-open) { display: none; } }
 }
 @container (max-width: 479px) {
   #who, #top:has(#searching:not([hidden])) :is(h2, #status, #leave) { display: none; }
   #state, #wireButton span { position: absolute; clip-path: inset(50%); }
 }
-@media (max-width: 960px) {
-  #access { grid-template-columns: min(496px, 100%); }
-  #panel { grid-template-columns: minmax(0, 1fr); }
-  #preview { border: 0; border-top: 1px solid var(--line); }
-}
 @media (max-width: 700px) {
-  #access { padding: 0; place-content: start stretch; grid-template-columns: 100%; }
-  #panel { border-radius: 0; box-shadow: none; > * { padding: 32px 20px; } }
-  #menu { display: grid; }
-  #app, #app:has(#wire:not([hidden])) { grid-template-columns: minmax(0, 1fr); }
+  #access { padding: 0; } #menu { display: grid; }
+  #panel { width: auto; margin: 0 0 auto; border-radius: 0; box-shadow: none;
+    > :first-child { padding: 32px 20px; } }
   #side:not(:popover-open), #hint:not(.problem), #wire > header p { display: none; }
-  #room { --column: 20px; }
   #wire { position: fixed; inset: 0; z-index: 2; border: 0; } #try > summary { display: block; }
   #app:has(#wire:not([hidden])) #room { visibility: hidden; }
 }
 @media (max-width: 700px), (pointer: coarse) {
   button:not(.link, .who *), select, input, summary.link { min-height: 40px !important; }
   input, textarea, select { font-size: 16px !important; } .icon { min-width: 40px; }
-  .entry summary { min-height: 46px !important; } .turn { display: block; }
+  .entry summary { min-height: 46px; } .turn { display: block; }
   .tools { inset-block: auto 0; align-items: center; }
   button.link, summary.link { padding-block: 10px; } [type=checkbox] { min-height: 0 !important; }
 }
@@ -2749,8 +2723,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   <svg class="i-mark mark" viewBox="0 0 24 24"><circle cx="7.3" cy="7.3" r="2.2"/>
     <path d="M9.5 7.3h3.7a2.5 2.5 0 0 1 2.5 2.5v7.7"/>
     <path d="M15.7 12.2h0M15.7 17.5h0" stroke-width="4.4"/></svg>
-  <svg class="i-search" viewBox="0 0 16 16"><path
-    d="M11.2 7a4.2 4.2 0 1 1-.1-.7m-.9 3.9 4 4"/></svg>
+  <svg class="i-search" viewBox="0 0 16 16"><path d="M11.2 7a4.2 4.2 0 1 1-.1-.7m-1 4 4 4"/></svg>
   <svg class="i-wire" viewBox="0 0 16 16"><path d="M2 5h12l-3-3M14 11H2l3 3"/></svg>
   <svg class="i-menu" viewBox="0 0 16 16"><path d="M2 4h12M2 8h12M2 12h12"/></svg>
   <svg class="i-close" viewBox="0 0 16 16"><path d="m3 3 10 10M13 3 3 13"/></svg>
@@ -2759,69 +2732,63 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   <svg class="i-out" viewBox="0 0 16 16"><path d="M3 8h10M9 4l4 4-4 4"/></svg>
   <svg class="i-in" viewBox="0 0 16 16"><path d="M13 8H3M7 4 3 8l4 4"/></svg>
 </template>
-<div id="access" role="main"><div id="panel"><div>
+<div id="access" role="main" spellcheck="false"><div id="panel"><div>
   <h1 class="row" data-icon="mark">Lobby</h1>
   <p class="lead">A team chat that loses nothing, and shows every request and frame it is made
     of.</p>
-  <form id="credentials" novalidate>
+  <form id="credentials">
     <label>Name <input id="username" name="username" autocomplete="username" autocapitalize="none"
-      spellcheck="false" aria-describedby="usernameProblem">
+      aria-describedby="usernameProblem">
       <span id="usernameProblem" class="problem" role="alert"></span></label>
     <label>Password <input id="password" name="password" type="password"
       autocomplete="current-password" aria-describedby="passwordProblem">
       <span id="passwordProblem" class="problem" role="alert"></span></label>
     <label class="row small"><input id="stay" type="checkbox"> Stay logged in</label>
     <p class="row"><button class="main" value="login">Log in</button>
-      <button class="quiet" value="register">Register</button></p>
-  </form>
+      <button class="quiet" value="register">Register</button></p></form>
   <p id="problem" class="problem" role="alert"></p>
   <div id="demo"><h2 class="small dim">Try it as</h2><p class="row"></p></div>
   <details id="byToken" class="small"><summary class="dim">Use a token</summary>
-    <form id="pasted"><label>Token <input id="token" name="token" autocomplete="off"
-      spellcheck="false"></label>
+    <form id="pasted"><label>Token <input id="token" autocomplete="off"></label>
       <button class="quiet">Connect with the token</button></form></details>
 </div><section id="preview" aria-label="What goes over the wire">
   <h2>Log in, and this goes over the wire</h2>
   <p class="small dim">Each line can be opened: headers, bytes, JSON.</p>
-  <ol id="sample"></ol>
-</section></div></div>
+  <ol id="sample"></ol></section></div></div>
 
 <div id="app" hidden>
   <nav id="side" popover aria-label="Rooms and people">
     <h1 class="row" data-icon="mark">Lobby</h1>
     <div id="lists">
       <section><h2 class="small dim">Rooms</h2><ul id="rooms"></ul>
-        <button id="moreRooms" class="more" data-icon="plus">More rooms</button></section>
+        <button id="moreRooms" class="more row" data-icon="plus">More rooms</button></section>
       <section><h2 class="small dim">Private</h2><ul id="private"></ul></section>
       <section><h2 class="small dim">Also online</h2><ul id="people"></ul>
-        <button id="morePeople" class="more" data-icon="plus">More people</button></section></div>
-    <div id="me" class="row"><span id="myAvatar"></span>
+        <button id="morePeople" class="more row" data-icon="plus">More people</button></section>
+    </div><div id="me" class="row"><span id="myAvatar"></span>
       <p class="grow"><b id="myName"></b><br><span id="myRole" class="small dim"></span></p>
       <button class="icon" data-icon="more" aria-label="Your menu" popovertarget="myMenu"></button>
-    </div>
-  </nav>
+    </div></nav>
   <main id="room">
     <header id="top" class="row">
       <button id="menu" class="icon" data-icon="menu" popovertarget="side"><span id="menuCount"
-        class="count"></span></button>
-      <h2 id="roomName" class="cut"></h2><p id="who" class="small dim cut"></p>
-      <button id="leave" class="link">Leave</button><span class="grow"></span>
-      <p id="status" class="row small dim"><span id="dot" class="sign on"
+        class="count"></span></button><h2 id="roomName" class="cut"></h2>
+      <p id="who" class="small dim cut"></p><button id="leave" class="link">Leave</button>
+      <span class="grow"></span><p id="status" class="row small dim"><span id="dot" class="sign on"
         aria-hidden="true"></span><span id="state" role="status"></span></p>
-      <form id="searching" role="search" hidden><input id="query" spellcheck="false"></form>
+      <form id="searching" role="search" spellcheck="false"><input id="query"></form>
       <button id="search" class="icon" data-icon="search" aria-label="Search"></button>
       <button id="wireButton" class="quiet row" data-icon="wire" aria-label="Wire"
         aria-expanded="false" aria-controls="wire"><span>Wire</span></button></header>
     <div id="chatLog" role="log" aria-label="Messages" tabindex="0"><div id="messages"></div></div>
-    <button id="newest" class="main" hidden></button>
-    <p id="strip" class="row" hidden><span class="grow"><span id="stripText" role="status"></span>
-      <span id="seconds" aria-hidden="true"></span></span>
-      <button id="now" class="link"></button></p>
-    <form id="composer"><textarea id="messageText" rows="1" aria-label="Message"
+    <button id="newest" class="main"></button>
+    <p id="strip" class="row"><span class="grow"><span id="stripText" role="status"></span> <span
+      id="seconds" aria-hidden="true"></span></span><button id="now" class="link"></button></p>
+    <form id="composer"><textarea id="messageText" class="grow" rows="1" aria-label="Message"
       aria-describedby="hint"></textarea><button id="send" class="main">Send</button></form>
     <div id="foot"><p id="typing" class="cut grow"></p><p id="hint" role="status"></p></div>
   </main>
-  <aside id="wire" aria-label="The wire" hidden>
+  <aside id="wire" aria-label="The wire" spellcheck="false" hidden>
     <header class="row"><h2>The wire</h2>
       <p class="small dim cut">all that this tab sends and hears</p>
       <button id="closeWire" class="icon" data-icon="close" aria-label="Close the wire"></button>
@@ -2829,29 +2796,24 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
     <details id="try" open><summary class="link">Send a request, or open a socket</summary>
       <form id="form" class="row"><select id="method" aria-label="Method"><option>GET<option>POST
           <option>PUT<option>PATCH<option>DELETE<option>OPTIONS<option>HEAD<option>WS</select>
-        <input id="path" class="grow" aria-label="Path" list="paths" spellcheck="false" size="1"
+        <input id="path" class="grow" aria-label="Path" list="paths"
           value="/inspect/hello?a=1&amp;a=2"><datalist id="paths"></datalist>
         <button id="go" class="main">Send</button></form>
-      <form id="socketForm" class="row"><input id="frameText" class="grow" size="1"
-        value='{"a": 1}' aria-label="Text to send"><button id="sendFrame"
-        class="main">Send text</button></form>
+      <form id="socketForm" class="row"><input id="frameText" class="grow" value='{"a": 1}'
+        aria-label="Text to send"><button id="sendFrame" class="main">Send text</button></form>
       <p id="chapter" class="small dim cut"></p>
       <details id="more"><summary class="link">Headers and body</summary>
         <label class="row small"><input id="withToken" type="checkbox"> With my token</label>
-        <textarea id="headers" rows="1" aria-label="Headers, one a line"
-          >X-Example: hello</textarea>
+        <textarea id="headers" rows="1" aria-label="Headers, one a line">X-Example: hello</textarea>
         <textarea id="body" rows="3" aria-label="Body"
           placeholder='{"as": "JSON"}, or lines of a form: name=Ann'></textarea>
         <input id="file" type="file" aria-label="File"></details>
       <p id="formProblem" class="problem" role="alert"></p></details>
-    <div id="wireTools" class="row"><input id="filter" class="grow" aria-label="Filter" size="1"
-      placeholder="Filter: 401, typing, /rooms"><button id="explain"
-      aria-pressed="true">Explain</button><button id="pause" aria-pressed="false">Pause</button>
-      <button id="clear">Clear</button></div>
-    <div id="frames" tabindex="0" role="region" aria-label="Requests and frames">
-      <ol id="list"></ol></div>
-  </aside>
-</div>
+    <div id="wireTools" class="row"><input id="filter" class="grow" aria-label="Filter"
+      placeholder="Filter: 401, typing, /rooms"><button id="explain" aria-pressed="true"
+      >Explain</button><button id="pause">Pause</button><button id="clear">Clear</button></div>
+    <section id="frames" tabindex="0" aria-label="Requests and frames"><ol id="list"></ol></section>
+  </aside></div>
 <div id="myMenu" class="menu" popover role="dialog" aria-label="You">
   <button id="changePassword">Change password</button><button id="notify"></button>
   <button id="logOut">Log out</button></div>
