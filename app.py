@@ -2664,7 +2664,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 .entry, .pass:where(:not(.own)) { --lane: 29px; } .second { --lane: 45px; } .last { height: 14px; }
 #wire:has(#explain[aria-pressed=false]) .sentence { display: none; }
 .head { gap: 6px; height: 20px; > :not(.preview) { flex: none; }
-  > b { max-width: calc(100% - 170px); } }
+  > b { max-width: calc(100% - 190px); } }
 .number { min-width: 52px; text-align: end; &.ms { margin-inline-start: auto; } }
 .turn { display: none; &::before { content: "›"; } [open] > summary & { rotate: 90deg; } }
 .chip { color: var(--tint);
