@@ -2663,8 +2663,8 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   summary { display: block; width: auto; padding-block: 4px; } }
 .entry, .pass:where(:not(.own)) { --lane: 29px; } .second { --lane: 45px; } .last { height: 14px; }
 #wire:has(#explain[aria-pressed=false]) .sentence { display: none; }
-.head { gap: 6px; height: 20px; > :not(.preview) { flex: none; }
-  > b { max-width: calc(100% - 190px); } }
+.head { gap: 6px; height: 20px; > :not(b, .preview) { flex: none; }
+  > .preview { flex-shrink: 1000; } }
 .number { min-width: 52px; text-align: end; &.ms { margin-inline-start: auto; } }
 .turn { display: none; &::before { content: "›"; } [open] > summary & { rotate: 90deg; } }
 .chip { color: var(--tint);
@@ -3889,11 +3889,12 @@ const previewOf = ({kind, event, types, texts}) => kind !== "frame" ? ""
   : types.length ? event?.text?.slice(0, 80) ?? event?.user ?? "" : texts.at(-1).slice(0, 80);
 const entryRow = cached((entry, chip, colour, ms, bytes, sentence, opened = false) => {
   const {kind, title, way = "", lane, through = [], socket} = entry, isClose = kind === "close";
+  const preview = previewOf(entry);
   const number = (value, unit, kind = "") => make(`span.number${kind}`,
     value === undefined ? "" : `${digits.format(Math.round(value))} ${unit}`);
   const details = make("details", {open: opened}, make("summary", make("span.head",
     make("span.unseen", {in: "received: ", out: "sent: "}[way]), make("b.cut", title),
-    chip && make(`span.chip.${colour}`, chip), make("span.preview.cut", previewOf(entry)),
+    chip && make(`span.chip.${colour}`, chip), preview && make("span.preview.cut", preview),
     number(ms, "ms", ".ms"), number(bytes, "B"), make("span.turn")),
   make("span.sentence", sentence)), opened && cardOf(entry));
   const isOpened = way && socket?.entry.status !== 0;  // else the door was shut before 101
