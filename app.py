@@ -2821,13 +2821,14 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 <dialog id="dialog" aria-labelledby="dialogTitle"></dialog>
 <script>
 "use strict";
-// All that is shown is a function of what is known. Handlers change `state` and call render(), and
-// draw() alone touches the page. The server is asked for nothing that an event has told.
+// All that is shown is a function of what is known: handlers change `state` and call render(), and
+// draw() shows it; they touch the page only for focus, scrolling, fields, and what floats. The
+// server is asked for nothing that an event has told.
 const state = {
   login: null,                      // {token, stay, renewAt}: whether it is kept, and a time in ms
   me: "", epoch: null,              // as the welcome said: who this is, and which database
   connection: "",                   // "connecting", "connected", "reconnecting", "logged out"
-  retryAt: Infinity, why: "", problem: "", // in ms; what is wrong; what the log-in page tells
+  retryAt: Infinity, why: "",       // in ms; what is wrong
   rooms: new Map(), current: null,  // key -> room; the one that is shown
   roles: new Map(),                 // name -> role, of all that events have named
   outbox: new Map(),                // mid -> message that the server has not acknowledged
@@ -2877,7 +2878,9 @@ const arrange = (parent, wanted) => {
     if (element === next) next = next.nextElementSibling; else parent.insertBefore(element, next);
   }
 };
-let drawTimer = 0;  // however much has changed, the page is drawn once for it
+// However much has changed, the page is drawn once for it; by a timer, since a hidden tab has no
+// animation frames, and its title counts what is unread.
+let drawTimer = 0;
 const render = () => { drawTimer ||= setTimeout(draw, 16); };
 
 // -- What is kept in the browser ---------------------------------------------------------------
@@ -2898,7 +2901,9 @@ const keep = (name, value, storage = local) => {
 addEventListener("storage", ({key, newValue}) => {
   const [, kind, user, ...rest] = key?.split(".") ?? [], value = parsed(newValue);
   if (kind === "login" && value && state.login?.stay
-    && claimsOf(value).sub !== claimsOf(state.login).sub) takeLogIn(state.login.token, false);
+    && claimsOf(value).sub !== claimsOf(state.login).sub) {
+    state.login.stay = false; keepLogIn(state.login);  // that place is theirs now
+  }
   if (user !== state.me) return;
   if (kind === "news" && value) { takeLogIn(value, state.login.stay); connect(); }
   const room = kind === "read" && state.rooms.get(rest.slice(1).join("."));
@@ -2910,23 +2915,25 @@ addEventListener("storage", ({key, newValue}) => {
 // -- Requests and sockets, as the wire records them --------------------------------------------
 const lanes = [null, null];  // the sockets that are open, by their lane of the thread
 const bytesOf = (text) => new TextEncoder().encode(text).length;
+// Of a token its beginning stays; of a password nothing, in JSON, JSON in a JSON text, or a form.
 const hideSecrets = (text) => text
-  .replace(/eyJ[\w-]{7}[\w-]*\.[\w-]+\.[\w-]+/g, (token) => `${token.slice(0, 10)}…`)
-  .replace(/("(?:old|new)":|\\?"password\\?"\s*:\s*)\\?"(?:[^"\\]|\\.)*?\\?"|(password=)[^&\s"]+/g,
-    '$1$2"…"');
+  .replace(/(eyJ[\w-]{7})[\w-]*\.[\w-]+\.[\w-]+/g, "$1…")
+  .replace(/("(?:old|new|password)"\s*:\s*")(?:[^"\\]|\\.)*/g, "$1…")
+  .replace(/(\\"(?:old|new|password)\\"\s*:\s*\\")(?:[^"\\]|\\\\(?:\\.|[^\\]))*/g, "$1…")
+  .replace(/(password=)[^&\s"]+/g, "$1…");
 const record = (entry) => {
   const last = state.entries.at(-1), {socket, title, way, texts} = entry;
   render();
   if (entry.fades && last?.title === title && last.socket === socket && last.way === way) {
-    last.count = last.texts.push(...texts); return last;
+    last.texts.push(...texts); return last;
   }
   const through = [0, 1].filter((lane) => lanes[lane] && lane !== entry.lane);
-  state.entries.push(Object.assign(entry, {at: new Date(), through, count: 1}));
+  state.entries.push(Object.assign(entry, {at: new Date(), through}));
   state.entries.splice(0, state.entries.length - 300); return entry;
 };
 const WITH_FILE = "(a form with a file)";
 // Sends a request; it and its answer are one entry.
-const request = async (method, path, headers = [], body = undefined) => {
+const request = async (method, path, headers, body) => {
   const asked = new Request(path, {method, headers, body}), start = performance.now();
   const line = hideSecrets(asked.url.slice(location.origin.length));
   const entry = record({kind: "http", method, path: line, title: `${method} ${line}`, status: 0,
@@ -2950,13 +2957,15 @@ const api = async (method, path, json = undefined) => {
   const {response: {ok, status}, answer} = await request(method, path, headers,
     json && JSON.stringify(json));
   const value = parsed(answer);  // a proxy may answer no JSON
-  if (ok) return value ?? null;
+  if (ok) return value;
   const detail = value?.detail ?? `The server answered ${status}. Try again later.`;
   const {msg, loc} = Array.isArray(detail) ? detail[0] : {msg: detail, loc: []};
   throw Object.assign(new Error(msg.replace(/^String/, "It")), {field: loc.at(-1), status});
 };
 const complain = ({message}) => note(`Error: ${message}`, true);  // in the room
-const attempt = (...request) => api(...request).catch(complain);
+const attempt = (...call) => api(...call).catch(complain);
+const copy = (text) => navigator.clipboard?.writeText(text).catch(complain)
+  ?? note("Without https the browser lets no page copy.", true);
 // A WebSocket whose handshake, frames and end are entries on its lane of the thread.
 const openSocket = (url, protocols = []) => {
   const socket = new WebSocket(url, protocols), lane = lanes[0] ? 1 : 0, start = performance.now();
@@ -2980,19 +2989,24 @@ const openSocket = (url, protocols = []) => {
   return socket;
 };
 const frameOf = (way, data, ms = undefined) => {
-  const isText = typeof data === "string", text = isText ? data : `(${data.byteLength} bytes)`;
+  const isText = typeof data === "string";
+  const text = isText ? hideSecrets(data) : `(${data.byteLength} bytes)`;
   const types = [...text.matchAll(/^{"type":"(\w+)/gm)].map((found) => found[1]);
-  return {kind: "frame", way, types, texts: [hideSecrets(text)], ms,
-    event: parsed(text.split("\n", 1)[0]), bytes: data.byteLength ?? bytesOf(text),
+  return {kind: "frame", way, types, texts: [text], ms,
+    event: parsed(text.split("\n", 1)[0]), bytes: data.byteLength ?? bytesOf(data),
     title: [...new Set(types)].join(", ") || (isText ? "text" : "bytes"),
     fades: types.length === 1 && /typing|joined|left/.test(types[0])};
 };
 const recordFrame = (socket, way, data) => {
   const frame = frameOf(way, data), {event, types} = frame, now = performance.now();
-  if (event?.http_version) socket.entry.seen = event;  // it echoes the handshake
-  const about = event?.mid ?? (/join|history/.test(types[0]) ? "history" : "");  // what it answers
-  if (way === "in") frame.ms = now - socket.asked.get(about) || undefined;
-  if (way === "out") socket.asked.set(about, now); else socket.asked.delete(about);
+  // A receipt has its message's mid, a history answers a join; all else is taken as the answer.
+  const question = event?.mid ?? (/^(join|history)$/.test(types[0]) ? "history" : "");
+  if (way === "out") socket.asked.set(question, now);
+  else {
+    if (event?.http_version) socket.entry.seen = event;  // it echoes the handshake
+    frame.ms = now - socket.asked.get(question) || undefined;  // NaN: nobody had asked
+    socket.asked.delete(question);
+  }
   record(Object.assign(frame, {socket, lane: socket.lane}));
 };
 const sendFrame = (socket, text) => { recordFrame(socket, "out", text); socket.send(text); };
@@ -3031,7 +3045,7 @@ const renew = async () => {
   return true;
 };
 const enter = (token, stay) => {
-  takeLogIn(token, stay); state.problem = $("password").value = "";
+  takeLogIn(token, stay); $("password").value = "";
   if (state.me) for (const news of [token, null]) keep(`news.${state.me}`, news);  // to other tabs
   connect();
 };
@@ -3040,9 +3054,9 @@ const logIn = async (username, password, stay) =>
 // The log-in has ended: renew it if it stays, else ask for the password over the page as it is.
 const logInEnded = async (reason) => {
   const {login} = state, isOld = /expired/.test(reason);
-  hangUp();
+  hangUp(); state.connection = "connecting";
   const renewed = isOld && login.stay && await renew();
-  if (renewed) return state.login && connect();
+  if (renewed) return connect();
   if (renewed === null) return disconnected("");
   if (!state.me) return refuse("Your log-in has ended.");
   login.renewAt = Infinity; state.connection = "logged out";
@@ -3052,20 +3066,22 @@ const logInEnded = async (reason) => {
 };
 
 // -- Rooms -------------------------------------------------------------------------------------
-const FOLLOWED = 48;  // rooms of last time, and private ones; one socket may follow 100
-const MOST = 1_000;   // messages of a room that are kept here; older ones come back on scrolling up
+const MAX_FOLLOWED = 48;    // rooms of last time, and private ones; one socket may follow 100
+const MAX_TEXT = 4_000;     // characters of a message
+const MAX_MESSAGES = 1_000; // of a room that are kept here; older ones come back on scrolling up
 // A room's name in any spelling is one key, and so are the two names of a private conversation.
 const keyOf = (name) => {
   const folded = name.normalize("NFKC").toUpperCase().toLowerCase();
   return folded.startsWith("@") ? `@${folded.slice(1).split("+").sort().join("+")}` : folded;
 };
+const keptAs = (what, key) => `${what}.${state.me}.${state.epoch}.${key}`;
 const roomOf = (name) => {
-  const key = keyOf(name), {rooms, me, epoch} = state;
+  const key = keyOf(name), {rooms} = state;
   if (!rooms.has(key)) rooms.set(key, {key, name, items: new Map(), last: null, more: false,
     joined: "no",  // then "asked", then "yes": only when its history is here, all else of it counts
-    read: kept(`read.${me}.${epoch}.${key}`), unread: new Set(), newAfter: null,
-    here: new Set(), typing: new Map(), loading: false, refused: "", place: 0,
-    left: kept(`left.${me}.${epoch}.${key}`, -1)});  // the last id when it was closed
+    read: kept(keptAs("read", key)), unread: new Set(), newAfter: null,
+    newCount: 0, here: new Set(), typing: new Map(), loading: false, refused: "", place: 0,
+    left: kept(keptAs("left", key), -1)});  // the last id when it was closed
   return rooms.get(key);
 };
 const isPrivate = (room) => room.key.startsWith("@");
@@ -3079,7 +3095,7 @@ const isListed = (room) => room === state.current || pendingIn(room).length
 const oldestOf = (room) => [...room.items.values()].find(({id}) => id)?.id;
 const roleOf = (user) => state.roles.get(user) ?? "member";
 const may = (...roles) => roles.includes(roleOf(state.me));
-const readTo = (room, id) => keep(`read.${state.me}.${state.epoch}.${room.key}`, room.read = id);
+const readTo = (room, id) => keep(keptAs("read", room.key), room.read = id);
 const markRead = (room, id = room.last) => {
   if (id > room.read) readTo(room, id);
   for (const one of room.unread) if (one <= room.read) room.unread.delete(one);
@@ -3087,27 +3103,22 @@ const markRead = (room, id = room.last) => {
 const atNewest = () => $("chatLog").scrollTop > -40;  // it counts down from 0, the newest
 const isLooking = (room) =>
   room === state.current && !document.hidden && atNewest() && !state.search?.found;
-const draftOf = (room) => `draft.${state.me}.${room.key}`;
 const keepRooms = () => keep(`rooms.${state.me}`, [...state.rooms.values()]
   .filter((room) => !isPrivate(room) && room.joined !== "no")
-  .map(({name}) => name).slice(-FOLLOWED));
+  .map(({name}) => name).slice(-MAX_FOLLOWED));
 const openRoom = (name) => {
   const old = state.current, room = roomOf(name);
-  if (old && old !== room) {
-    if (!state.search?.found) old.place = $("chatLog").scrollTop;
-    if (!old.unread.size) old.newAfter = null;
-  }
-  if (old !== room) $("messageText").value = kept(draftOf(room), "");
+  if (old && old !== room && !old.unread.size) old.newAfter = null;
+  if (old !== room) $("messageText").value = kept(keptAs("draft", room.key), "");
   Object.assign(room, {left: -1, refused: ""});
-  Object.assign(state, {current: room, search: null, arriving: true}); join(room);
+  Object.assign(state, {current: room, search: null}); join(room);
   if (addressed() !== room.name) location.hash = encodeURI(room.name);
   $("side").hidePopover(); draw();
   if (!matchMedia("(pointer: coarse)").matches) $("messageText").focus();
   return room;
 };
 const leaveRoom = (room) => {  // a private one is followed on, and comes back with a new message
-  const {me, epoch} = state, {key, last} = room;
-  if (isPrivate(room)) keep(`left.${me}.${epoch}.${key}`, room.left = last ?? 0);
+  if (isPrivate(room)) keep(keptAs("left", room.key), room.left = room.last ?? 0);
   else { transmit({type: "leave", room: room.name}); state.rooms.delete(room.key); keepRooms(); }
   openRoom("lobby");
 };
@@ -3126,7 +3137,7 @@ const loadOutbox = () => {
   const items = mine.map((name) => parsed(local.getItem(name))).filter(Boolean);
   for (const item of items.sort((one, other) => one.at - other.at)) {
     if (!state.outbox.has(item.mid)) state.outbox.set(item.mid, item);
-    roomOf(item.room);  // to be seen somewhere
+    join(roomOf(item.room));  // to be seen somewhere
   }
 };
 const post = (room, text) => {
@@ -3163,7 +3174,8 @@ const hear = (event) => {
   if (type === "error") return hearError(event);
   if (type === "role") return state.roles.set(user, event.role);
   const isKnown = state.rooms.has(keyOf(event.room));
-  if (!isKnown && !event.room.startsWith("@")) return settle(event.mid);  // it was left meanwhile
+  const isNew = type === "message" && event.room.startsWith("@");  // somebody begins to talk
+  if (!isKnown && !isNew) return settle(event.mid);  // it was left meanwhile
   const room = roomOf(event.room);
   if (type === "history") return hearHistory(room, event);
   if (room.joined !== "yes") {  // its history will have it
@@ -3182,8 +3194,9 @@ const hear = (event) => {
       for (const one of [room.items.get(id), ...state.search?.found ?? []])
         if (one?.id === id) Object.assign(one, {gone: true, text: ""});
       break;
-    case "typing": if (user !== state.me) room.typing.set(user, Date.now() + 5_000);
-      setTimeout(render, 5_000);
+    case "typing":
+      if (user !== state.me) room.typing.set(user, Date.now() + 5_000);
+      setTimeout(render, 5_000);  // to take it out
   }
 };
 const hearHistory = (room, {room: name, messages, more, complete}) => {
@@ -3213,8 +3226,8 @@ const addMessage = (room, event, isSeen) => {
   }
   room.items.set(message.id, message);
   const isReading = room.loading || (room === state.current && !atNewest());
-  if (room.items.size <= MOST || isReading) return;
-  for (const key of [...room.items.keys()].slice(0, MOST / 5)) room.items.delete(key);
+  if (room.items.size <= MAX_MESSAGES || isReading) return;
+  for (const key of [...room.items.keys()].slice(0, MAX_MESSAGES / 5)) room.items.delete(key);
   room.more = true;
 };
 // Comings and goings are one line as long as nothing else is said; who leaves and comes back at
@@ -3224,8 +3237,12 @@ const hearPerson = (room, {type, user}) => {
   room.typing.delete(user);
   if (user === state.me || isPrivate(room)) return;
   let last = [...room.items.values()].at(-1);
-  if (!last?.joined) room.items.set(last = {joined: new Set(), left: new Set()}, last);
-  if (!last[type === "joined" ? "left" : "joined"].delete(user)) last[type].add(user);
+  if (!last?.joined) {
+    last = {joined: new Set(), left: new Set()};
+    room.items.set(last, last);
+  }
+  const undone = type === "joined" ? last.left : last.joined;
+  if (!undone.delete(user)) last[type].add(user);
 };
 const hearError = ({mid, message, room: name, retry_after: wait}) => {
   const room = name && state.rooms.get(keyOf(name));
@@ -3242,17 +3259,18 @@ const hearError = ({mid, message, room: name, retry_after: wait}) => {
 const note = (notice, isWrong = false) => {
   const item = {notice, isWrong};
   state.current?.items.set(item, item); render();
-  if (state.search?.found) Object.assign(state, {search: null, arriving: true});
+  if (state.search?.found) state.search = null;
 };
 const welcome = ({user, role, epoch, rooms: talks}) => {
   if (state.me && state.epoch !== epoch) return location.reload();  // another database
   Object.assign(state, {me: user, epoch, connection: "connected", why: ""});
   state.roles.set(user, role);
   for (const room of state.rooms.values()) Object.assign(room, {joined: "no", loading: false});
-  loadOutbox(); roomOf("lobby").joined = "asked";  // by the socket's URL
+  roomOf("lobby").joined = "asked";  // by the socket's URL
+  loadOutbox();
   if (state.current) join(state.current); else openRoom(addressed());
   const known = kept(`rooms.${user}`, []).map(roomOf), followed = talks.map(roomOf);
-  for (const room of [...known, ...followed.slice(0, FOLLOWED)]) join(room);
+  for (const room of [...known, ...followed.slice(0, MAX_FOLLOWED)]) join(room);
   sendNext();
 };
 
@@ -3332,8 +3350,8 @@ const dayName = (day) => {
   const ago = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(day)) / 86_400_000);
   return ["Today", "Yesterday"][ago] ?? new Date(day).toLocaleDateString([], {dateStyle: "full"});
 };
-const timeOf = (at, words = clock.format(at * 1_000)) => make("time",
-  {dateTime: new Date(at * 1_000).toISOString(), title: moment.format(at * 1_000)}, words);
+const timeOf = (at, day = "") => make("time", {dateTime: new Date(at * 1_000).toISOString(),
+  title: moment.format(at * 1_000)}, day, clock.format(at * 1_000));
 // Code in backticks, @names and links; a link ends where a sentence could, in Chinese too.
 const INLINE = new RegExp("(`[^`\\n]+`|(?<![\\p{L}\\p{N}])@[\\p{L}\\p{M}\\p{N}_-]+"
   + "|https?:\\/\\/(?:\\([^\\s()]*\\)|[^\\s<>\"()（），。；：！？、「」『』《》【】])*"
@@ -3372,12 +3390,12 @@ const toolsOf = ({id, user, room, text, mid, at, grouped}) => {
 };
 // `kind`: its classes; `waits`: why it is not sent yet; `q`: what was searched for.
 const messageRow = cached((item, kind, waits = "", q = "") => {
-  const {user, at, mid, problem, text} = item, time = clock.format(at * 1_000);
+  const {user, at, mid, problem, text} = item;
   return make(`article.message.${kind}`, {item, tabIndex: -1,
     ariaLabel: `${user}, ${moment.format(at * 1_000)}`}, avatar(user),
   make("div.who", make("button.cut", {tabIndex: -1, dir: "auto",
     onclick: ({target}) => showPerson(user, target)}, user),
-  timeOf(at, q ? `${dayName(dayOf(item))} ${time}` : time),
+  timeOf(at, q && `${dayName(dayOf(item))} `),
   kind === "hit" && button("Go there", () => jump(item), ".link")),
   textOf(item.gone ? "Message deleted" : text, q), waits && make("p.state", waits,
     problem && button("Try again", () => tryAgain(item), ".link"),
@@ -3419,15 +3437,16 @@ const rowsOf = (room) => {
   }
   return rows;
 };
-// A room opens at its first new message, or where it was left.
-const arrive = (room) => {
-  const line = $("messages").querySelector(".new");
-  $("chatLog").scrollTop = line ? 0 : room.place; line?.scrollIntoView({block: "nearest"});
-  room.place = 0; state.arriving = false;
+// A search opens at its top; a room at its first new message, or where it was left.
+const arrive = (view) => {
+  const log = $("chatLog"), line = view.unread?.size && $("messages").querySelector(".new");
+  log.scrollTop = view.found ? -log.scrollHeight : line ? 0 : view.place;
+  if (line) line.scrollIntoView({block: "nearest"});
 };
+let quietTimer = 0;
 const quietly = () => {  // a screen reader hears only news
-  $("chatLog").ariaLive = "off";
-  setTimeout(() => { $("chatLog").ariaLive = "polite"; }, 500);
+  clearTimeout(quietTimer); $("chatLog").ariaLive = "off";
+  quietTimer = setTimeout(() => { $("chatLog").ariaLive = "polite"; }, 500);
 };
 const emptyRow = cached((room, name, refused) => make("div.empty", icon("mark"),
   make("h2", name, refused ? " cannot be opened" : isPrivate(room) ? " and you" : " is new"),
@@ -3462,7 +3481,7 @@ const drawSide = () => {
   put("menuCount", {textContent: String(unread), hidden: !unread});
   say("notify", isNotified() ? "Notify me no more" : "Notify me of mentions");
 };
-const drawFrame = (room) => {
+const drawRoom = (room) => {
   const {connection, retryAt, why, search} = state, title = titleOf(room), isTalk = isPrivate(room);
   const others = [...room.here].filter((user) => user !== state.me).sort();
   say("roomName", isTalk ? title : `# ${title}`);
@@ -3480,7 +3499,7 @@ const drawFrame = (room) => {
   say("now", isOut ? "Log in" : "Now");
   const typing = [...room.typing].filter(([, until]) => Date.now() < until).map(([user]) => user);
   say("typing", typing.length ? `${typing.join(", ")} ${typing[1] ? "are" : "is"} typing` : "");
-  const text = $("messageText").value.trim(), over = [...text].length - LONGEST;
+  const text = $("messageText").value.trim(), over = [...text].length - MAX_TEXT;
   put("hint", {className: over > 0 ? "problem" : "", textContent: over > 0
     ? `${plural(over, "character")} too many`
     : "Enter sends, Shift + Enter breaks the line, /help"});
@@ -3490,24 +3509,25 @@ const drawFrame = (room) => {
   put("newest", {hidden: Boolean(search) || !(below || $("chatLog").scrollTop < -400),
     textContent: below ? `${below} new below` : "Jump to the newest"});
 };
-let drawn = null;  // the room, or the search, that was drawn last
+let drawn = null;  // the room, or what was found, that is shown; null until its history is here
 const draw = () => {
   drawTimer = 0;
   const {me, current: room, search} = state;
   put("access", {hidden: Boolean(me)}); put("app", {hidden: !me});
-  say("problem", me ? "" : state.problem || state.connection);
+  if (state.connection) say("problem", me ? "" : state.connection);
   if (!me) return document.title = "Lobby";
   const view = search?.found ? search : room, isNew = view !== drawn;
   const name = isPrivate(room) ? titleOf(room) : `#${room.name}`;
-  const isHere = room.joined === "yes" || room.refused;
+  const isHere = view === search || room.last !== null || room.refused;
   const rows = view === search ? searchRows(search) : rowsOf(room);
   const isEmpty = view === room && isHere && !rows.some((row) => row.item);
   if (isNew) quietly();
   arrange($("messages"), isEmpty ? [emptyRow(room, name, room.refused), ...rows] : rows);
-  if (isNew && view === search) $("chatLog").scrollTop = -$("chatLog").scrollHeight;
-  if (state.arriving && isHere) arrive(room);
+  if (isNew && isHere) arrive(view);
   if (isLooking(room) && isHere) markRead(room);
-  drawn = view; drawSide(); drawFrame(room); loadOlder();
+  drawn = isHere ? view : null;
+  if (drawn === room) room.place = $("chatLog").scrollTop;
+  drawSide(); drawRoom(room); loadOlder();
   if (!$("wire").hidden) drawWire();
 };
 
@@ -3515,10 +3535,9 @@ const draw = () => {
 const LOOKS = {messages: "Search in this room", rooms: "Find or make a room",
   users: "Find a person"};
 const openSearch = (kind, q = "") => {
-  if (!state.search?.found) state.current.place = $("chatLog").scrollTop;
   state.search = {kind};
   put("query", {value: q, placeholder: LOOKS[kind], ariaLabel: LOOKS[kind]});
-  $("side").hidePopover(); drawFrame(state.current); $("query").focus();
+  $("side").hidePopover(); drawRoom(state.current); $("query").focus();
   if (q || kind !== "messages") find();
 };
 const endSearch = () => openRoom(state.current.name);
@@ -3533,7 +3552,8 @@ const find = async (before = []) => {
   if (!answer || state.search !== search) return;
   const found = kind === "messages" ? [...before, ...answer.messages.reverse()]
     : answer.filter(({room: name = ""}) => !name.startsWith("@"));
-  if (kind === "rooms" && q && !found.some((one) => one.room === keyOf(q))) found.push({isNew: q});
+  const isThere = found.some(({room: name = ""}) => keyOf(name) === keyOf(q));
+  if (kind === "rooms" && q && !isThere) found.push({isNew: q});
   state.search = {kind, q, found, more: answer.more}; draw();
 };
 // Shows a message in its place, or if that is long ago, among those that were written around it.
@@ -3569,7 +3589,7 @@ const searchRows = (search) => {
 };
 
 // -- What floats: a person's card, and a dialog that asks for passwords --------------------------
-const article = (role) => `${role === "admin" ? "an" : "a"} ${role}`;
+const withArticle = (role) => `${role === "admin" ? "an" : "a"} ${role}`;
 const RIGHTS = {member: "May write, and delete what is their own.",
   moderator: "May delete messages, kick and ban.", admin: "May do everything, this too."};
 // What the reader may do with somebody: button, question, what it means, and the request for it.
@@ -3578,7 +3598,7 @@ const actionsOn = (user, role, banned) => [
   banned ? ["Unban", `Unban ${user}`, "May log in again.", "POST", "unban"]
     : ["Ban", `Ban ${user}`, "Out until somebody lifts the ban.", "POST", "ban"],
   ...Object.keys(RIGHTS).filter((one) => may("admin") && one !== role).map((one) =>
-    [`Make ${one}`, `Make ${user} ${article(one)}`, RIGHTS[one], "PUT", "role", {role: one}])];
+    [`Make ${one}`, `Make ${user} ${withArticle(one)}`, RIGHTS[one], "PUT", "role", {role: one}])];
 const act = async (user, title, method, what, json) => {
   $("person").hidePopover();
   await api(method, `users/${encodeURIComponent(user)}/${what}`, json); note(`${title}: done.`);
@@ -3641,7 +3661,6 @@ const changePassword = () => askPasswords("Change password",
   });
 
 // -- What people do ----------------------------------------------------------------------------
-const LONGEST = 4_000;  // characters of a message
 const HELP = `/msg bob hi     says hi to bob alone
 /join tea       opens a room
 /who            who is here
@@ -3661,15 +3680,14 @@ onSubmit($("credentials"), $("problem"), async ({submitter}) => {
   const tell = (field, words) => {
     say(`${field.id}Problem`, words); field.ariaInvalid = String(words !== "");
   };
-  state.problem = "";
   for (const field of fields) tell(field, "");
   try {
     if (submitter?.value === "register") await api("POST", "register", {username, password});
     await logIn(username, password, stay);
-  } catch ({message, status, field}) {
-    const wrong = $(field ?? {401: "password", 409: "username"}[status]);
-    if (!fields.includes(wrong)) return Object.assign(state, {problem: message});
-    tell(wrong, message); wrong.focus();
+  } catch (error) {
+    const wrong = $(error.field ?? {401: "password", 409: "username"}[error.status]);
+    if (!fields.includes(wrong)) throw error;
+    tell(wrong, error.message); wrong.focus();
   }
 });
 onSubmit($("pasted"), $("problem"), () => enter($("token").value.trim(), false));
@@ -3697,12 +3715,12 @@ const COMMANDS = [  // what a line may look like, and what it does
 on("composer", "submit", (event) => {
   const text = $("messageText").value.trim(), room = state.current;
   event.preventDefault();
-  if (!text || [...text].length > LONGEST) return;
-  const [is, run] = COMMANDS.find(([is]) => is.test(text)) ?? [];
-  if (!is) return note("Error: unknown command; /help lists them", true);
-  run(...text.match(is).slice(1));
+  if (!text || [...text].length > MAX_TEXT) return;
+  const [pattern, run] = COMMANDS.find(([pattern]) => pattern.test(text)) ?? [];
+  if (!run) return complain({message: "unknown command; /help lists them"});
+  run(...text.match(pattern).slice(1));
   if (state.current === room) $("messageText").value = "";
-  keep(draftOf(room), null); render();
+  keep(keptAs("draft", room.key), null); render();
 });
 on("messageText", "keydown", (event) => {  // 229: Safari's Enter that accepts a candidate
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
@@ -3711,7 +3729,7 @@ on("messageText", "keydown", (event) => {  // 229: Safari's Enter that accepts a
 let typedAt = 0;
 on("messageText", "input", ({target: {value}}) => {
   const room = state.current;
-  keep(draftOf(room), value || null);
+  keep(keptAs("draft", room.key), value || null);
   render();
   if (!value || value[0] === "/" || room.joined !== "yes" || Date.now() - typedAt < 3_000) return;
   typedAt = Date.now(); transmit({type: "typing", room: room.name});
@@ -3821,7 +3839,7 @@ const sentenceOf = (entry) => {
   const isReceipt = said.type === "message" && said.user === state.me;
   const words = FRAMES[`${way} ${isReceipt ? "own" : said.type}`] ?? FRAMES[`${way} other`];
   return (types.length > 1 ? `${types.length} events, one frame. ` : "") + fill(words, {...said,
-    bytes, after: said.after ?? "any", role: article(said.role),
+    bytes, after: said.after ?? "any", role: withArticle(said.role),
     messages: plural(said.messages?.length ?? 0, "message"),
     people: plural(Object.keys(said.users ?? {}).length, "person").replace("persons", "people"),
     then: wait ? `It is sent again in ${wait} s.` : "The socket stays open."});
@@ -3839,7 +3857,7 @@ const coloured = (line) => {
 };
 const section = (title, aside, headers = [], text = "") => make("section",
   make("h3", title, make("span", aside)), make("dl", headers.flatMap(([name, value]) =>
-    [make("dt", name), make("dd", hideSecrets(value))])),
+    [make("dt", name), make("dd", value)])),
   text && make("pre", {tabIndex: 0}, text.split("\n").flatMap(coloured)));
 // A page can read neither what a browser adds nor a 101's headers: only if the server tells it.
 const addedTo = ({kind, seen, text, headers}) => {
@@ -3847,7 +3865,7 @@ const addedTo = ({kind, seen, text, headers}) => {
   if (!echo?.http_version) return section("Added by the browser", "hidden from scripts",
     (kind === "open" ? ["host", "origin", "connection", "upgrade", "sec-websocket-key"]
       : ["host", "user-agent", "accept"]).map((name) => [name, "…"]));
-  const added = echo.headers.filter(([name, value]) => !own.has(`${name}: ${hideSecrets(value)}`));
+  const added = echo.headers.filter((pair) => !own.has(pair.join(": ")));
   return section("Added by the browser",
     `${plural(added.length, "header")}, as the server saw them`, added);
 };
@@ -3860,8 +3878,6 @@ const curlOf = ({kind, method, path, headers, body}) => {
     ...[...headers, ...upgrade].map((pair) => `-H ${quote(pair.join(": "))}`),
     ...(body ? [`--data-raw ${quote(body)}`] : [])].join(" \\\n  ");
 };
-const copy = (text) => navigator.clipboard?.writeText(text)
-  ?? note("Without https the browser lets no page copy.", true);
 const frameSection = ({code, way, bytes, texts}) => {
   const head = (bytes < 126 ? 2 : bytes < 65_536 ? 4 : 10) + (way === "out" ? 4 : 0);
   const size = `${bytes} B, and a head of ${head}${way === "out" ? ", 4 of it the mask" : ""}`;
@@ -3876,17 +3892,19 @@ const cardOf = (entry) => {
   way ? frameSection(entry) : [section("Request", title, headers, body), addedTo(entry),
     section("Answer", status > 0 ? `${status} ${reason}` : "none", answered, text)]);
 };
-const chipOf = ({kind, status, code, count, event}) => {
+const chipOf = ({kind, status, code, texts, event}) => {
   if (kind === "frame") return event?.type === "error" ? [event.code, "warn"]
-    : [count > 1 ? `× ${count}` : "", ""];
+    : [texts.length > 1 ? `× ${texts.length}` : "", ""];
   if (kind === "close")
     return [code, [1006, 1008, 1009].includes(code) ? "bad" : code === 1013 ? "warn" : ""];
   if (status < 1) return status ? ["failed", "bad"] : ["…", ""];
   const colours = {1: "switch", 2: "good", 5: "bad"};
   return [status, colours[String(status)[0]] ?? "warn"];
 };
-const previewOf = ({kind, event, types, texts}) => kind !== "frame" ? ""
-  : types.length ? event?.text?.slice(0, 80) ?? event?.user ?? "" : texts.at(-1).slice(0, 80);
+const previewOf = ({kind, event, types, texts}) => {
+  if (kind !== "frame") return "";
+  return String(types.length ? event?.text ?? event?.user ?? "" : texts.at(-1)).slice(0, 80);
+};
 const entryRow = cached((entry, chip, colour, ms, bytes, sentence, opened = false) => {
   const {kind, title, way = "", lane, through = [], socket} = entry, isClose = kind === "close";
   const preview = previewOf(entry);
@@ -4007,7 +4025,8 @@ const sample = [{kind: "http", method: "POST", path: "/login", title: "POST /log
   body: '{"username":"mira","password":"…"}',
   text: '{"access_token":"eyJhbGciOi…","token_type":"bearer","expires_in":3600}'},
 {kind: "open", method: "GET", path: "/ws/chat", title: "GET /ws/chat", status: 101, ms: 4,
-  picked: "lobby.v1", headers: [["sec-websocket-protocol", "lobby.v1, bearer.eyJhbGciOi…"]]},
+  reason: "Switching Protocols", picked: "lobby.v1",
+  headers: [["sec-websocket-protocol", "lobby.v1, bearer.eyJhbGciOi…"]]},
 frameOf("in", '{"type":"welcome","user":"mira","role":"member"}', 2),
 frameOf("in", '{"type":"history","room":"lobby","messages":[{"id":1040},{"id":1041}]}', 5),
 frameOf("out", '{"type":"message","room":"lobby","text":"大家好","mid":"k3-9f"}'),
@@ -4022,7 +4041,7 @@ $("demo").lastElementChild.append(...Object.keys(DEMO).map((name) => button(name
   $("credentials").requestSubmit();
 }, ".quiet")));
 state.login = kept("login", null, session) ?? kept("login");
-state.problem = kept("problem", "", session); keep("problem", null, session);
+say("problem", kept("problem", "", session)); keep("problem", null, session);
 if (state.login) connect(); else render();
 </script>
 </body>

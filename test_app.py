@@ -4958,6 +4958,8 @@ def test_private_conversations_in_the_browser(
     one.get_by_role("heading", name="user2").wait_for()
     unread = two.get_by_role("button", name="user1 1 unread")
     wait_for_title(two, "(1) Lobby")
+    one.press("#messageText", "x")  # typing alone begins no conversation
+    server.chat(server.token("admin")).send("typing", room="@admin+user2")
     assert shown(two, "just us").count() == 0
     unread.click()
     shown(two, "just us").wait_for()
@@ -5488,6 +5490,15 @@ def test_the_wire_shows_requests_and_frames_but_no_secret(
     assert secret[:10] + "…" in texts and secret[20:40] not in texts
     assert PASSWORDS["user1"] not in texts
     assert "hidden from scripts" in texts
+    page.get_by_text("Headers and body").click()
+    page.get_by_label("Method").select_option("POST")
+    page.get_by_label("Body").fill(r'{"old": "hunter2", "password": "a\"b-tail\\", "x": 1}')
+    page.locator("#go").click()
+    page.get_by_text("as the server saw them").wait_for()  # what is hidden leaves it JSON
+    texts = page.locator("#list details[open]").last.inner_text()
+    assert '"x"' in texts
+    assert "hunter2" not in texts
+    assert "tail" not in texts
     page.get_by_label("Filter").fill("this is the receipt")
     expect = pytest.importorskip("playwright.sync_api").expect
     expect(page.locator("#list li")).to_have_count(1)
@@ -5571,8 +5582,9 @@ def test_enter_in_the_wires_text_sends_it(
     page.get_by_label("Method").select_option("WS")
     page.get_by_role("button", name="Open").click()
     page.locator("#sendFrame:enabled").wait_for()
+    page.get_by_label("Text to send").fill('{"type":"x","text":5}')  # no event of ours
     page.get_by_label("Text to send").press("Enter")
-    entry(page, '{"received":{"a":1}}').wait_for()
+    entry(page, '{"received":{"type":"x","text":5}}').wait_for()
 
 
 def test_the_newest_entry_of_the_wire_opens_in_sight(
