@@ -2848,13 +2848,14 @@ const put = (id, properties) => {  // only what differs: else it would be read a
 const say = (id, textContent) => put(id, {textContent});
 // make("p.small", {title: "..."}, "text", child): properties may be left out, and so are children
 // that are false, null or "".
-const make = (kind, ...children) => {
-  const [tag, ...names] = kind.split("."), element = document.createElement(tag);
+const make = (selector, ...children) => {
+  const [tag, ...names] = selector.split("."), element = document.createElement(tag);
   const properties = children[0]?.constructor === Object ? children.shift() : {};
   element.append(...children.flat().filter((child) => child || child === 0));
   return Object.assign(element, {className: names.filter(Boolean).join(" ")}, properties);
 };
-const button = (text, onclick, kind = "") => make(`button${kind}`, {type: "button", onclick}, text);
+const button = (text, onclick, classes = "") =>
+  make(`button${classes}`, {type: "button", onclick}, text);
 const icon = (name) => $("icons").content.querySelector(`.i-${name}`).cloneNode(true);
 for (const one of document.querySelectorAll("[data-icon]")) one.prepend(icon(one.dataset.icon));
 // Makes a function from things to their elements. One is built anew only if what is `shown` of the
@@ -2924,7 +2925,7 @@ const hideSecrets = (text) => text
 const record = (entry) => {
   const last = state.entries.at(-1), {socket, title, way, texts} = entry;
   render();
-  if (entry.fades && last?.title === title && last.socket === socket && last.way === way) {
+  if (entry.merges && last?.title === title && last.socket === socket && last.way === way) {
     last.texts.push(...texts); return last;
   }
   const through = [0, 1].filter((lane) => lanes[lane] && lane !== entry.lane);
@@ -2939,7 +2940,7 @@ const request = async (method, path, headers, body) => {
   const entry = record({kind: "http", method, path: line, title: `${method} ${line}`, status: 0,
     headers: [...asked.headers].map(([name, value]) => [name, hideSecrets(value)]),
     body: body instanceof FormData ? WITH_FILE : hideSecrets(body ?? ""),
-    again: () => request(method, path, headers, body)});
+    resend: () => request(method, path, headers, body)});
   try {
     const response = await fetch(asked), answer = await response.text();
     Object.assign(entry, {status: response.status, reason: response.statusText,
@@ -2995,7 +2996,7 @@ const frameOf = (way, data, ms = undefined) => {
   return {kind: "frame", way, types, texts: [text], ms,
     event: parsed(text.split("\n", 1)[0]), bytes: data.byteLength ?? bytesOf(data),
     title: [...new Set(types)].join(", ") || (isText ? "text" : "bytes"),
-    fades: types.length === 1 && /typing|joined|left/.test(types[0])};
+    merges: types.length === 1 && /typing|joined|left/.test(types[0])};  // neighbours: one entry
 };
 const recordFrame = (socket, way, data) => {
   const frame = frameOf(way, data), {event, types} = frame, now = performance.now();
@@ -3388,21 +3389,21 @@ const toolsOf = ({id, user, room, text, mid, at, grouped}) => {
     button("On the wire", () => showOnWire(id, mid)),
     (user === state.me || may("moderator", "admin")) && button("Delete", ask, ".delete"));
 };
-// `kind`: its classes; `waits`: why it is not sent yet; `q`: what was searched for.
-const messageRow = cached((item, kind, waits = "", q = "") => {
+// `waits`: why it is not sent yet; `q`: what was searched for, if this is a hit.
+const messageRow = cached((item, classes, waits = "", q = "") => {
   const {user, at, mid, problem, text} = item;
-  return make(`article.message.${kind}`, {item, tabIndex: -1,
+  return make(`article.message.${classes}`, {item, tabIndex: -1,
     ariaLabel: `${user}, ${moment.format(at * 1_000)}`}, avatar(user),
   make("div.who", make("button.cut", {tabIndex: -1, dir: "auto",
     onclick: ({target}) => showPerson(user, target)}, user),
   timeOf(at, q && `${dayName(dayOf(item))} `),
-  kind === "hit" && button("Go there", () => jump(item), ".link")),
+  classes === "hit" && button("Go there", () => jump(item), ".link")),
   textOf(item.gone ? "Message deleted" : text, q), waits && make("p.state", waits,
     problem && button("Try again", () => tryAgain(item), ".link"),
     problem && button("Discard", () => settle(mid), ".link")),
-  kind.includes("done") && toolsOf(item));
+  classes.includes("done") && toolsOf(item));
 });
-const lineRow = cached((thing, kind, text) => make(kind, text));
+const lineRow = cached((thing, selector, text) => make(selector, text));
 const listed = (people, word) => {
   const names = [...people].slice(0, 5), rest = people.size - names.length;
   if (rest > 0) names.push(`${rest} more`);
@@ -3432,8 +3433,8 @@ const rowsOf = (room) => {
     item.isMention ??= !isOwn && isMention(item.text);
     const kinds = {grouped: item.grouped, gone, failed: problem, waiting: waits && !problem,
       done: id && !gone, mention: !gone && item.isMention, mayDelete: may("moderator", "admin")};
-    const kind = Object.keys(kinds).filter((one) => kinds[one]).join(".");
-    rows.push(messageRow(item, kind, waits));
+    const classes = Object.keys(kinds).filter((one) => kinds[one]).join(".");
+    rows.push(messageRow(item, classes, waits));
   }
   return rows;
 };
@@ -3541,16 +3542,16 @@ const openSearch = (kind, q = "") => {
   if (q || kind !== "messages") find();
 };
 const endSearch = () => openRoom(state.current.name);
-// Messages come by pages; `before`: what was found so far. Of names, the first fifty are enough.
-const find = async (before = []) => {
+// Messages come by pages; `sofar`: what was found. Of names, the first fifty are enough.
+const find = async (sofar = []) => {
   const {kind} = state.search, q = $("query").value.trim(), room = state.current;
   const search = state.search = {...state.search, q}, query = new URLSearchParams({...(q && {q}),
-    ...(kind !== "users" && {limit: 50}), ...(before[0] && {before: before.at(-1).id})});
+    ...(kind !== "users" && {limit: 50}), ...(sofar[0] && {before: sofar.at(-1).id})});
   if (kind === "messages" && !q) return;
   const path = kind === "messages" ? pathOf(room.name) : kind;
   const answer = await attempt("GET", `${path}?${query}`);
   if (!answer || state.search !== search) return;
-  const found = kind === "messages" ? [...before, ...answer.messages.reverse()]
+  const found = kind === "messages" ? [...sofar, ...answer.messages.reverse()]
     : answer.filter(({room: name = ""}) => !name.startsWith("@"));
   const isThere = found.some(({room: name = ""}) => keyOf(name) === keyOf(q));
   if (kind === "rooms" && q && !isThere) found.push({isNew: q});
@@ -3636,13 +3637,13 @@ const showPerson = async (user, anchor) => {
   if (!isKnown) show(one.role, one.banned);
 };
 // A dialog with one field for each of `labels`, by what a browser may fill in.
-const askPasswords = (title, why, labels, yes, action, no = "Cancel", refuse = () => {}) => {
+const askPasswords = (title, why, labels, yes, action, no = "Cancel", onNo = () => {}) => {
   const problem = make("p.problem", {role: "alert"}), close = () => $("dialog").close();
   const fields = Object.entries(labels).map(([label, autocomplete]) =>
     make("label", label, make("input", {type: "password", autocomplete})));
   const form = make("form", make("div", make("h2", {id: "dialogTitle"}, title),
     make("p.small.dim", why)), fields, problem, make("p.row", make("button.main.grow", yes),
-    button(no, () => { close(); refuse(); }, ".quiet")));
+    button(no, () => { close(); onNo(); }, ".quiet")));
   onSubmit(form, problem, async () => {
     await action(...fields.map(({lastChild}) => lastChild.value)); close();
   });
@@ -3884,11 +3885,11 @@ const frameSection = ({code, way, bytes, texts}) => {
   return section(code ? "Close frame" : "Payload", size, [], texts.join("\n"));
 };
 const cardOf = (entry) => {
-  const {kind, way, title, headers, body, status, reason, answered, text, at, again} = entry;
+  const {kind, way, title, headers, body, status, reason, answered, text, at, resend} = entry;
   const exact = `${at.toTimeString().slice(0, 8)}.${String(at.getMilliseconds()).padStart(3, "0")}`;
   return make("div.card", make("div.row.small",
     headers && body !== WITH_FILE && button("Copy as curl", () => copy(curlOf(entry)), ".link"),
-    again && button("Send again", () => again().catch(() => {}), ".link"), make("time", exact)),
+    resend && button("Send again", () => resend().catch(() => {}), ".link"), make("time", exact)),
   way ? frameSection(entry) : [section("Request", title, headers, body), addedTo(entry),
     section("Answer", status > 0 ? `${status} ${reason}` : "none", answered, text)]);
 };
