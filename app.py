@@ -2575,7 +2575,8 @@ dialog, .menu { color: inherit; background: var(--paper); border: 1px solid var(
 dialog { width: min(368px, 100% - 32px); margin: auto; }
 :is(dialog, #side)::backdrop { background: #15120c66; }
 :is(.menu, dialog) button { height: auto; min-height: 34px; max-width: 100%; white-space: normal; }
-.menu { width: 272px; padding: 6px; inset: auto; margin: 4px; position-area: bottom span-right;
+.menu { width: 272px; padding: 6px; inset: auto; margin: 4px; max-height: calc(100dvh - 8px);
+  overflow-y: auto; position-area: bottom span-right;
   position-try: flip-block, flip-inline, flip-block flip-inline, right span-all;
   > button { display: block; width: 100%; text-align: start; }
   > div { padding: 6px 12px; } }
@@ -2613,7 +2614,8 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 #me { border-top: 1px solid var(--line); padding-top: 8px; line-height: 1.3; }
 #room { flex: 1; position: relative; container-type: inline-size; }
 #top { padding-inline: var(--column); border-bottom: 1px solid var(--line); }
-#roomName, #status { flex: none; max-width: 60%; } #searching { flex: 0 1 220px; display: grid; }
+#status { flex: none; } #roomName { flex: 0 100 auto; } #who { flex: 0 10000 auto; }
+#searching { flex: 0 1 220px; display: grid; }
 #menu { display: none; position: relative; .count { position: absolute; top: -2px; left: 16px; } }
 #chatLog, #frames { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; }
 #messages { padding: 20px var(--column) 16px; &:has(.empty) { margin-block: auto; }
@@ -2641,7 +2643,7 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   .message:not(:hover, :focus-within) & { display: none; }
   > * { height: 28px; font-size: 13px; padding: 0 10px; line-height: 28px; border: 0; } }
 .empty { display: grid; justify-items: center; gap: 10px; padding: 24px 4px; text-align: center; }
-#newest { position: absolute; bottom: 90px; left: 50%; translate: -50%; border-radius: 17px; }
+#newest { z-index: 1; align-self: center; margin-block: -42px 8px; border-radius: 17px; }
 #strip { margin: 4px var(--column); padding: 6px 12px; border-radius: 8px; color: var(--warn); }
 #composer { margin-inline: var(--column); padding: 4px; display: flex; align-items: end;
   border: 1px solid var(--edge); border-radius: 12px;
@@ -2652,7 +2654,8 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
 /* The wire */
 #wire { flex: 0 0 clamp(352px, 34%, 480px); border-inline-start-width: 1px;
   > header { padding: 0 8px 0 16px; button { margin-left: auto; } } }
-#try { padding: 0 16px 10px; > summary { display: none; } }
+#try { padding: 0 16px 10px; flex: none; max-height: 50%; overflow-y: auto;
+  &[open] > summary { display: none; } }
 :is(#try, #more)[open]::details-content { display: grid; grid: auto / minmax(0, 1fr); gap: 8px; }
 #try :is(input, select, textarea), .card, .entry { font: 12px/1.5 var(--mono); }
 #wireTools { gap: 4px; padding: 6px 16px; border-block: 1px solid var(--line);
@@ -2692,8 +2695,11 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   #wire { flex-basis: 50%; } #app:has(#wire:not([hidden])) { #menu { display: grid; }
     #side:not(:popover-open) { display: none; } }
 }
+@container (max-width: 639px) {
+  #top:has(#searching:not([hidden])) :is(h2, #status, #leave) { display: none; }
+}
 @container (max-width: 479px) {
-  #who, #top:has(#searching:not([hidden])) :is(h2, #status, #leave) { display: none; }
+  #who { display: none; }
   #state, #wireButton span { position: absolute; clip-path: inset(50%); }
 }
 @media (max-width: 700px) {
@@ -2701,7 +2707,8 @@ dialog { width: min(368px, 100% - 32px); margin: auto; }
   #panel { width: auto; margin: 0 0 auto; border-radius: 0; box-shadow: none;
     > :first-child { padding: 32px 20px; } }
   #side:not(:popover-open), #hint:not(.problem), #wire > header p { display: none; }
-  #wire { position: fixed; inset: 0; z-index: 2; border: 0; } #try > summary { display: block; }
+  #wire { position: fixed; inset: 0; z-index: 2; border: 0; }
+  #try[open] > summary { display: block; }
   #app:has(#wire:not([hidden])) #room { visibility: hidden; }
 }
 @media (max-width: 700px), (pointer: coarse) {
@@ -2930,7 +2937,8 @@ const record = (entry) => {
   }
   const through = [0, 1].filter((lane) => lanes[lane] && lane !== entry.lane);
   state.entries.push(Object.assign(entry, {at: new Date(), through}));
-  state.entries.splice(0, state.entries.length - 300); return entry;
+  state.entries.splice(0, state.entries.length - (state.pausedAt ? 3_000 : 300));
+  return entry;
 };
 const WITH_FILE = "(a form with a file)";
 // Sends a request; it and its answer are one entry.
@@ -2984,6 +2992,7 @@ const openSocket = (url, protocols = []) => {
   socket.addEventListener("message", ({data}) => recordFrame(socket, "in", data));
   socket.addEventListener("close", ({code, reason}) => {
     if (lanes[lane] === socket) lanes[lane] = null;
+    entry.status ||= -1;  // the door was shut before 101
     record({kind: "close", way: "in", title: "close", socket, lane, code, reason,
       texts: [`${code} ${reason}`], bytes: [1005, 1006].includes(code) ? 0 : 2 + bytesOf(reason)});
   });
@@ -3254,7 +3263,10 @@ const hearError = ({mid, message, room: name, retry_after: wait}) => {
   } else if (room?.joined === "asked") {
     room.joined = "no";
     if (wait) later(() => join(room)); else room.refused = message;
-  } else complain({message});
+  } else {
+    if (room?.loading) later(() => { room.loading = false; render(); });
+    complain({message});
+  }
 };
 // A line for the reader alone, in the room: what was found does not stay before it.
 const note = (notice, isWrong = false) => {
@@ -3334,7 +3346,7 @@ const disconnected = (why) => {
 };
 // Back to the log-in page, loaded anew: nothing of this person stays for the next one to see.
 const refuse = (reason) => {
-  hangUp(); keepLogIn(null);
+  hangUp(); keepLogIn(null); document.body.hidden = true;  // at once, however long that takes
   keep("problem", reason, session); location.replace(location.pathname);
 };
 addEventListener("online", () => { if (state.connection === "reconnecting") connect(); });
@@ -3554,8 +3566,10 @@ const find = async (sofar = []) => {
   const found = kind === "messages" ? [...sofar, ...answer.messages.reverse()]
     : answer.filter(({room: name = ""}) => !name.startsWith("@"));
   const isThere = found.some(({room: name = ""}) => keyOf(name) === keyOf(q));
-  if (kind === "rooms" && q && !isThere) found.push({isNew: q});
+  const isName = /^[\p{L}\p{M}\p{N}_-]{1,32}$/u.test(q);
+  if (kind === "rooms" && isName && !isThere) found.push({isNew: q});
   state.search = {kind, q, found, more: answer.more}; draw();
+  if (sofar[0]) [...$("messages").querySelectorAll(".message")][sofar.length]?.focus();
 };
 // Shows a message in its place, or if that is long ago, among those that were written around it.
 const jump = async (hit) => {
@@ -3615,9 +3629,11 @@ const askingButton = (user, [label, title, consequence, ...how]) => {
   return row;
 };
 const showPerson = async (user, anchor) => {
-  const title = `Set ${user}'s password`, setPassword = () => askPasswords(title,
-    "All log-ins of theirs end.", {"New password": "new-password"}, title,
-    (fresh) => act(user, title, "PUT", "password", {new: fresh}));
+  const title = `Set ${user}'s password`, setPassword = () => {
+    $("person").hidePopover();
+    askPasswords(title, "All log-ins of theirs end.", {"New password": "new-password"}, title,
+      (fresh) => act(user, title, "PUT", "password", {new: fresh}));
+  };
   const show = (role, banned) => {
     const where = banned ? "banned" : isOnline(user) ? "online" : "away";
     const mayAct = user !== state.me && may("moderator", "admin");
@@ -3721,7 +3737,7 @@ on("composer", "submit", (event) => {
   if (!run) return complain({message: "unknown command; /help lists them"});
   run(...text.match(pattern).slice(1));
   if (state.current === room) $("messageText").value = "";
-  keep(keptAs("draft", room.key), null); render();
+  keep(keptAs("draft", room.key), null); render(); $("messageText").focus();
 });
 on("messageText", "keydown", (event) => {  // 229: Safari's Enter that accepts a candidate
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
@@ -3832,7 +3848,8 @@ const sentenceOf = (entry) => {
   if (kind !== "frame") {
     const operation = operationOf(method, path), about = operation?.about;
     const [, words] = REQUESTS.find(([is]) => is.test(`${title} ${status}`));
-    return fill(words, {detail: parsed(text)?.detail, picked: entry.picked || "none",
+    return fill(words, {picked: entry.picked || "none",
+      detail: parsed(text)?.detail ?? entry.reason,
       chapter: chapterOf(operation).split(",")[0].replace(/^./, (one) => one.toUpperCase()),
       about: about ? `: ${about}` : ` with ${plural(bytes, "byte")}`});
   }
@@ -3916,7 +3933,7 @@ const entryRow = cached((entry, chip, colour, ms, bytes, sentence, opened = fals
     chip && make(`span.chip.${colour}`, chip), preview && make("span.preview.cut", preview),
     number(ms, "ms", ".ms"), number(bytes, "B"), make("span.turn")),
   make("span.sentence", sentence)), opened && cardOf(entry));
-  const isOpened = way && socket?.entry.status !== 0;  // else the door was shut before 101
+  const isOpened = way && (socket?.entry.status ?? 101) === 101;
   details.ontoggle = () => {
     if (details.open !== opened) showEntry(entry, "nearest", details.open);
   };
@@ -3998,7 +4015,6 @@ const trySocket = async () => {
     $("path").value = `/ws/${(await api("POST", "create-session")).session_id}`;
   }
   const url = socketUrl($("path").value), {token} = state.login;
-  if (url.host !== location.host) throw new Error("Only paths of this server.");
   if ($("withToken").checked || url.pathname === "/ws/protected")
     url.searchParams.set("token", token);
   state.tried = openSocket(url);  // which draws the page as it opens and closes
@@ -4006,6 +4022,8 @@ const trySocket = async () => {
 };
 onSubmit($("form"), $("formProblem"), async () => {
   const method = $("method").value, [body, type] = bodyOf(method);
+  if (new URL($("path").value, location).origin !== location.origin)
+    throw new Error("Only paths of this server.");
   showAll();
   if (method === "WS") return state.tried ? state.tried.close() : trySocket();
   const headers = pairs($("headers").value, ":");
@@ -4041,8 +4059,9 @@ $("demo").lastElementChild.append(...Object.keys(DEMO).map((name) => button(name
   $("username").value = name; $("password").value = DEMO[name];
   $("credentials").requestSubmit();
 }, ".quiet")));
-state.login = kept("login", null, session) ?? kept("login");
-say("problem", kept("problem", "", session)); keep("problem", null, session);
+const problem = kept("problem", "", session);  // this tab has just left: not into another's log-in
+say("problem", problem); keep("problem", null, session);
+state.login = kept("login", null, session) ?? (problem ? null : kept("login"));
 if (state.login) connect(); else render();
 </script>
 </body>

@@ -5252,6 +5252,51 @@ def test_long_names_stay_inside(
         assert_inside(element, dialog.bounding_box())
 
 
+def test_a_long_room_name_leaves_room_for_the_buttons(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    page = open_page(serve(), "user1")
+    write(page, f"/join {'W' * 32}")
+    page.get_by_text("is new").wait_for()
+    for width in (1200, 800, 390):
+        page.set_viewport_size({"width": width, "height": 700})
+        for _ in ("with the search's field", "without it"):
+            page.get_by_role("button", name="Search").click()
+            box = page.locator("#wireButton").bounding_box()
+            assert box["x"] + box["width"] <= width
+
+
+def test_whoever_leaves_is_gone_at_once_though_the_server_is_frozen(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = open_page(server, "user1")
+    page.evaluate("""() => new MutationObserver(() => console.log(document.body.hidden))
+        .observe(document.body, {attributes: true})""")
+    server.process.send_signal(signal.SIGSTOP)
+    page.get_by_role("button", name="Your menu").click()
+    with page.expect_console_message(lambda line: line.text == "true"):
+        page.get_by_role("button", name="Log out", exact=True).click()
+    server.process.send_signal(signal.SIGCONT)
+    page.locator("#problem", has_text="Logged out").wait_for()
+
+
+def test_whoever_leaves_does_not_come_into_the_log_in_of_another(
+    serve: Callable[..., Server], open_page: Callable[..., Any]
+) -> None:
+    server = serve()
+    one = open_page(server, "", log_in=False)
+    two = open_page(server, "", log_in=False, beside=one)
+    for page, name in ((one, "user1"), (two, "user2")):
+        page.get_by_label("Stay logged in").check()
+        page.get_by_role("button", name=name).click()
+        page.get_by_text("connected", exact=True).wait_for()
+    log_out(one)
+    two.reload()
+    two.get_by_text("connected", exact=True).wait_for()
+    assert two.inner_text("#myName") == "user2"
+
+
 def test_links_keep_their_parentheses(
     serve: Callable[..., Server], open_page: Callable[..., Any]
 ) -> None:
