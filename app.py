@@ -3469,17 +3469,19 @@ const sideRow = (sign, name, unread, badge, isCurrent, onclick) => make("li",
   make(`button.${unread ? "unread" : ""}`, {onclick, ariaCurrent: isCurrent ? "true" : null},
     make(`span.sign.${sign === "●" ? "on" : ""}`, {ariaHidden: "true"}, sign),
     make("span.cut.grow", {dir: "auto"}, name),
-    unread > 0 && [make("span.count", unread), make("span.unseen", "unread")],
+    unread && [make("span.count", unread), make("span.unseen", "unread")],
     !unread && badge && make("span.badge", badge)));
 const roomRow = cached((room, ...shown) => sideRow(...shown, () => openRoom(room.name)));
 const personRow = cached((user, role) => sideRow("●", user, 0, role.replace("member", ""), false,
   ({currentTarget}) => showPerson(user, currentTarget)), new Map());
+const unreadIn = ({unread, more, read, items}) =>  // there may be more on older pages
+  unread.size && `${unread.size}${more && oldestOf({items}) > read ? "+" : ""}`;
 const isOnline = (user) => [...state.rooms.values()].some((room) => room.here.has(user));
 const drawSide = () => {
   const rooms = [...state.rooms.values()].filter(isListed)
     .sort((one, other) => titleOf(one).localeCompare(titleOf(other)));
   const row = (room) => roomRow(room,
-    !isPrivate(room) ? "#" : isOnline(titleOf(room)) ? "●" : "○", titleOf(room), room.unread.size,
+    !isPrivate(room) ? "#" : isOnline(titleOf(room)) ? "●" : "○", titleOf(room), unreadIn(room),
     pendingIn(room).some((item) => item.problem) ? "not sent" : "", room === state.current);
   arrange($("rooms"), rooms.filter((room) => !isPrivate(room)).map(row));
   arrange($("private"), rooms.filter(isPrivate).map(row));
