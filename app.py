@@ -2854,11 +2854,11 @@ const put = (id, properties) => {  // only what differs: else it would be read a
 };
 const say = (id, textContent) => put(id, {textContent});
 // make("p.small", {title: "..."}, "text", child): properties may be left out, and so are children
-// that are false, null or "".
+// that are false, null, 0 or "".
 const make = (selector, ...children) => {
   const [tag, ...names] = selector.split("."), element = document.createElement(tag);
   const properties = children[0]?.constructor === Object ? children.shift() : {};
-  element.append(...children.flat().filter((child) => child || child === 0));
+  element.append(...children.flat().filter(Boolean));
   return Object.assign(element, {className: names.filter(Boolean).join(" ")}, properties);
 };
 const button = (text, onclick, classes = "") =>
