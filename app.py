@@ -2231,7 +2231,8 @@ def main() -> None:
     try:
         settings = Settings.from_environment()
         with closing(Storage(settings.db, bool(settings.feed))) as storage:
-            settings.feed and FeedManager(settings, storage, set())
+            if settings.feed:  # what is wrong with it ends here in one line, as with all else
+                FeedManager(settings, storage, set())
             check_demo_people(settings, storage)
             settings.secret or load_or_create_secret(settings.db)
         listener = open_listener(settings)
@@ -2893,7 +2894,7 @@ const render = () => { drawTimer ||= setTimeout(draw, 16); };
 
 // -- What is kept in the browser ---------------------------------------------------------------
 const parsed = (text) => { try { return JSON.parse(text); } catch { return undefined; } };
-const storageOf = (name) => {  // a browser may keep nothing for a page
+const storageOf = (name) => {  // a browser may keep nothing; without setItem, keep() says so
   try { return window[name]; } catch { return {getItem: () => null, removeItem() {}}; }
 };
 const local = storageOf("localStorage"), session = storageOf("sessionStorage");
@@ -2960,7 +2961,7 @@ const request = async (method, path, headers, body) => {
   } finally { entry.ms = performance.now() - start; render(); }
 };
 // A request of the page's own: JSON in and out. Throws an Error with the server's words.
-const api = async (method, path, json = undefined) => {
+const api = async (method, path, json) => {
   const headers = state.login ? [["Authorization", `Bearer ${state.login.token}`]] : [];
   if (json) headers.push(["Content-Type", "application/json"]);
   const {response: {ok, status}, answer} = await request(method, path, headers,
@@ -2998,7 +2999,7 @@ const openSocket = (url, protocols = []) => {
   });
   return socket;
 };
-const frameOf = (way, data, ms = undefined) => {
+const frameOf = (way, data, ms) => {
   const isText = typeof data === "string";
   const text = isText ? hideSecrets(data) : `(${data.byteLength} bytes)`;
   const types = [...text.matchAll(/^{"type":"(\w+)/gm)].map((found) => found[1]);
@@ -3182,7 +3183,10 @@ const hear = (event) => {
   render();
   if (type === "welcome") return welcome(event);
   if (type === "error") return hearError(event);
-  if (type === "role") return state.roles.set(user, event.role);
+  if (type === "role") {
+    if (user === state.me) quietly();  // every message is drawn anew, with other tools
+    return state.roles.set(user, event.role);
+  }
   const isKnown = state.rooms.has(keyOf(event.room));
   const isNew = type === "message" && event.room.startsWith("@");  // somebody begins to talk
   if (!isKnown && !isNew) return settle(event.mid);  // it was left meanwhile
@@ -3235,6 +3239,7 @@ const addMessage = (room, event, isSeen) => {
     if (document.hidden) announce(room, message);
   }
   room.items.set(message.id, message);
+  // Whoever reads further up keeps all; else a fifth goes at once, not one with each message.
   const isReading = room.loading || (room === state.current && !atNewest());
   if (room.items.size <= MAX_MESSAGES || isReading) return;
   for (const key of [...room.items.keys()].slice(0, MAX_MESSAGES / 5)) room.items.delete(key);
@@ -3443,6 +3448,7 @@ const rowsOf = (room) => {
     const waits = id ? "" : problem ? `Not sent: ${problem}`
       : state.connection === "connected" ? "Sending" : "Waiting for the connection";
     item.isMention ??= !isOwn && isMention(item.text);
+    // Not all of them have a style: done and mayDelete are there for the tools.
     const kinds = {grouped: item.grouped, gone, failed: problem, waiting: waits && !problem,
       done: id && !gone, mention: !gone && item.isMention, mayDelete: may("moderator", "admin")};
     const classes = Object.keys(kinds).filter((one) => kinds[one]).join(".");
@@ -3558,11 +3564,13 @@ const openSearch = (kind, q = "") => {
 const endSearch = () => openRoom(state.current.name);
 // Messages come by pages; `sofar`: what was found. Of names, the first fifty are enough.
 const find = async (sofar = []) => {
-  const {kind} = state.search, q = $("query").value.trim(), room = state.current;
-  const search = state.search = {...state.search, q}, query = new URLSearchParams({...(q && {q}),
-    ...(kind !== "users" && {limit: 50}), ...(sofar[0] && {before: sofar.at(-1).id})});
+  const {kind} = state.search, q = $("query").value.trim(), query = new URLSearchParams();
   if (kind === "messages" && !q) return;
-  const path = kind === "messages" ? pathOf(room.name) : kind;
+  if (q) query.set("q", q);
+  if (kind !== "users") query.set("limit", 50);
+  if (sofar.length) query.set("before", sofar.at(-1).id);
+  const search = state.search = {...state.search};  // an answer to an earlier one comes too late
+  const path = kind === "messages" ? pathOf(state.current.name) : kind;
   const answer = await attempt("GET", `${path}?${query}`);
   if (!answer || state.search !== search) return;
   const found = kind === "messages" ? [...sofar, ...answer.messages.reverse()]
@@ -3574,8 +3582,8 @@ const find = async (sofar = []) => {
   if (sofar[0]) [...$("messages").querySelectorAll(".message")][sofar.length]?.focus();
 };
 // Shows a message in its place, or if that is long ago, among those that were written around it.
-const jump = async (hit) => {
-  const room = state.current, {search} = state, path = pathOf(room.name), {id} = hit;
+const jump = async ({id}) => {
+  const {current: room, search} = state, path = pathOf(room.name);
   if (room.items.has(id)) endSearch(); else {
     const pages = await Promise.all([`before=${id}`, `after=${id - 1}`].map((where) =>
       attempt("GET", `${path}?limit=50&${where}`)));
@@ -3737,9 +3745,10 @@ on("composer", "submit", (event) => {
   if (!text || [...text].length > MAX_TEXT) return;
   const [pattern, run] = COMMANDS.find(([pattern]) => pattern.test(text)) ?? [];
   if (!run) return complain({message: "unknown command; /help lists them"});
+  $("messageText").focus();  // Send is disabled now; a command may take the focus elsewhere
   run(...text.match(pattern).slice(1));
   if (state.current === room) $("messageText").value = "";
-  keep(keptAs("draft", room.key), null); render(); $("messageText").focus();
+  keep(keptAs("draft", room.key), null); render();
 });
 on("messageText", "keydown", (event) => {  // 229: Safari's Enter that accepts a candidate
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
@@ -3772,8 +3781,8 @@ on("search", "click", () => state.search ? endSearch() : openSearch("messages"))
 on("moreRooms", "click", () => openSearch("rooms"));
 on("morePeople", "click", () => openSearch("users"));
 on("query", "input", () => { if (state.search.kind !== "messages") find(); });
-onSubmit($("searching"), $("hint"), async () => {
-  await find();
+on("searching", "submit", async (event) => {
+  event.preventDefault(); await find();
   const first = $("messages").querySelector(".found button");
   first?.focus(); first?.click();  // a name's card, or a room
 });
